@@ -1,0 +1,198 @@
+#include "cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace dlzo {
+namespace {
+
+constexpr int64_t kChunk = 4096;  // elements that stay in the L1 cache while they are worked on
+constexpr int64_t kMinParallel = 8192;  // elements that are worth a thread
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  int64_t result = 1;
+  for (const int64_t size : sizes) result *= size;
+  return result;
+}
+
+bool is_contiguous(const View& view, const std::vector<int64_t>& shape) {
+  int64_t expected = 1;
+  for (size_t d = shape.size(); d-- > 0; expected *= shape[d])
+    if (shape[d] != 1 && view.strides[d] != expected) return false;
+  return true;
+}
+
+// One view's part of a row: its address and the distance between elements.
+struct Part {
+  const View* view;
+  char* data;
+  int64_t stride;
+};
+
+Part part_of(const View& view, const std::vector<int64_t>& shape, int64_t row, int64_t column) {
+  int64_t position = column * view.strides.back();
+  for (size_t d = shape.size() - 1; d-- > 0; row /= shape[d])
+    position += row % shape[d] * view.strides[d];
+  return {&view, view.data + position * size_of(view.dtype), view.strides.back()};
+}
+
+template <class Element>
+void copy_strided(char* out, int64_t out_stride, const char* in, int64_t in_stride, int64_t count) {
+  auto* to = reinterpret_cast<Element*>(out);
+  auto* from = reinterpret_cast<const Element*>(in);
+  for (int64_t i = 0; i < count; i++) to[i * out_stride] = from[i * in_stride];
+}
+
+void copy_part(const Part& part, char* packed, int64_t count, bool pack) {
+  const auto copy =
+      size_of(part.view->dtype) == 4 ? copy_strided<uint32_t> : copy_strided<uint16_t>;
+  if (pack) copy(packed, 1, part.data, part.stride, count);
+  else copy(part.data, part.stride, packed, 1, count);
+}
+
+enum class Base { kNone, kRead, kWritten };
+
+// Walks all elements in contiguous runs of at most kChunk: body(out, base, count, index). A part
+// whose elements do not lie side by side is packed into a buffer, and put back where it is written.
+template <class Body>
+void for_each_run(const View& out, const View& base, Base use, Numbering numbering, int threads,
+                  Body body) {
+  std::vector<int64_t>& shape = numbering.shape;
+  const int64_t total = product(shape);
+  if (total == 0) return;
+  View views[2] = {out, base};
+  const int used = use == Base::kNone ? 1 : 2, written = use == Base::kWritten ? 2 : 1;
+  if (is_contiguous(views[0], shape) && is_contiguous(views[1], shape) &&
+      (numbering.row_stride == shape.back() || total == shape.back())) {
+    shape = {total};
+    views[0].strides = views[1].strides = {1};
+    numbering.row_stride = total;
+  }
+  const int64_t columns = shape.back();
+  const int64_t chunks_per_row = (columns + kChunk - 1) / kChunk;
+  const int64_t chunks = total / columns * chunks_per_row;
+  const int64_t chunk_size = std::min(columns, kChunk);
+  const int64_t grain = (kMinParallel + chunk_size - 1) / chunk_size;
+  parallel_for(chunks, grain, threads, [&](int64_t begin, int64_t end) {
+    alignas(64) char buffers[2][kChunk * 4];
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      const int64_t row = chunk / chunks_per_row, column = chunk % chunks_per_row * kChunk;
+      const int64_t count = std::min(columns - column, kChunk);
+      char* data[2];
+      Part parts[2];
+      for (int i = 0; i < 2; i++) {
+        parts[i] = part_of(views[i], shape, row, column);
+        data[i] = parts[i].stride == 1 || count == 1 ? parts[i].data : buffers[i];
+        if (data[i] == buffers[i] && i < used) copy_part(parts[i], data[i], count, true);
+      }
+      const uint64_t index = numbering.offset + static_cast<uint64_t>(row * numbering.row_stride) +
+                             static_cast<uint64_t>(column);
+      body(data[0], data[1], count, index);
+      for (int i = 0; i < written; i++)
+        if (data[i] == buffers[i]) copy_part(parts[i], data[i], count, false);
+    }
+  });
+}
+
+Moments tensor_moments(const char* x, DType dtype, int64_t count, int threads) {
+  const int64_t segments = (count + kSegment - 1) / kSegment;
+  std::vector<Moments> parts(static_cast<size_t>(segments));
+  const Kernels& isa = kernels();
+  parallel_for(segments, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      parts[static_cast<size_t>(i)] = isa.moments(x + i * kSegment * size_of(dtype), dtype,
+                                                  std::min(count - i * kSegment, kSegment));
+  });
+  Moments result = {};
+  for (int64_t i = 0; i < segments; i++)
+    result = combine(result, parts[static_cast<size_t>(i)], i * kSegment);
+  return result;
+}
+
+// The moments of `width` columns from `channel` on.
+void column_moments(const char* x, DType dtype, int64_t rows, int64_t channels, int64_t channel,
+                    int width, Moments* result) {
+  const int64_t step = channels * size_of(dtype);
+  for (int64_t first = 0; first < rows; first += kSegmentRows) {
+    Moments part[kWidth];
+    kernels().channel_moments(x + first * step + channel * size_of(dtype), dtype,
+                              std::min(rows - first, kSegmentRows), step, width, part);
+    for (int i = 0; i < width; i++) result[i] = combine(result[i], part[i], first);
+  }
+}
+
+// The kurtosis of a constant is not a number.
+void write(const StatsOut& out, int64_t i, const Moments& m) {
+  const double n = static_cast<double>(m.count);
+  out.absmax[i] = m.absmax;
+  out.argmax[i] = m.argmax;
+  out.mean[i] = m.mean;
+  out.variance[i] = m.m2 / n;
+  out.kurtosis[i] = n * m.m4 / (m.m2 * m.m2);
+}
+
+}  // namespace
+
+void gaussian(const View& out, const Numbering& numbering, Direction direction, int threads) {
+  const Kernels& isa = kernels();
+  for_each_run(out, out, Base::kNone, numbering, threads,
+               [&](char* to, char*, int64_t count, uint64_t index) {
+                 isa.gaussian(to, out.dtype, count, index, direction);
+               });
+}
+
+void perturb(const View& out, const View& base, const Numbering& numbering, Direction direction,
+             float scale, int threads) {
+  const Kernels& isa = kernels();
+  for_each_run(out, base, Base::kRead, numbering, threads,
+               [&](char* to, char* from, int64_t count, uint64_t index) {
+                 isa.perturb(to, out.dtype, from, base.dtype, count, index, direction, scale);
+               });
+}
+
+void accumulate(const View& out, const View& base, const Numbering& numbering,
+                const std::vector<Direction>& directions, const std::vector<float>& scales,
+                int threads) {
+  const Kernels& isa = kernels();
+  const auto add_all = [&](char* master, int64_t count, uint64_t index) {
+    for (size_t k = 0; k < directions.size(); k++)
+      isa.perturb(master, base.dtype, master, base.dtype, count, index, directions[k], scales[k]);
+  };
+  if (!out.data)
+    return for_each_run(
+        base, base, Base::kNone, numbering, threads,
+        [&](char* master, char*, int64_t count, uint64_t index) { add_all(master, count, index); });
+  for_each_run(out, base, Base::kWritten, numbering, threads,
+               [&](char* live, char* master, int64_t count, uint64_t index) {
+                 add_all(master, count, index);
+                 isa.round_into(live, out.dtype, master, count);
+               });
+}
+
+void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels,
+                      Reduction reduction, const StatsOut& out, int threads) {
+  if (reduction == Reduction::kTensor)
+    return write(out, 0, tensor_moments(x, dtype, rows * channels, threads));
+  if (reduction == Reduction::kToken)
+    return parallel_for(
+        rows, (kMinParallel + channels - 1) / channels, threads, [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; r++)
+            write(out, r, tensor_moments(x + r * channels * size_of(dtype), dtype, channels, 1));
+        });
+  const int64_t tiles = (channels + kWidth - 1) / kWidth;
+  const int64_t grain = (kMinParallel + rows * kWidth - 1) / (rows * kWidth);
+  parallel_for(tiles, grain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile++) {
+      const int64_t channel = tile * kWidth;
+      const int width = static_cast<int>(std::min<int64_t>(kWidth, channels - channel));
+      Moments result[kWidth] = {};
+      column_moments(x, dtype, rows, channels, channel, width, result);
+      for (int i = 0; i < width; i++) write(out, channel + i, result[i]);
+    }
+  });
+}
+
+}  // namespace dlzo

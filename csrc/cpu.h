@@ -1,0 +1,48 @@
+// The CPU column: each op over a whole view, on several threads, with the kernels of one ISA.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dlzo {
+
+// A tensor's elements in row-major order, wherever they lie in memory.
+struct View {
+  char* data;
+  DType dtype;
+  std::vector<int64_t> strides;  // in elements, one per dimension of the shape
+};
+
+// How the elements are numbered: element (i, j) of the shape, seen as rows of the last dimension,
+// has the logical index offset + i * row_stride + j.
+struct Numbering {
+  std::vector<int64_t> shape;
+  uint64_t offset;
+  int64_t row_stride;
+};
+
+void gaussian(const View& out, const Numbering& numbering, Direction direction, int threads);
+
+void perturb(const View& out, const View& base, const Numbering& numbering, Direction direction,
+             float scale, int threads);
+
+// base += scales[k] * z(directions[k]) in order; then out = round(base) where out.data is not null.
+void accumulate(const View& out, const View& base, const Numbering& numbering,
+                const std::vector<Direction>& directions, const std::vector<float>& scales,
+                int threads);
+
+enum class Reduction : int { kTensor = 0, kChannel = 1, kToken = 2 };
+
+// One array per statistic: of length 1, `channels` or `rows`.
+struct StatsOut {
+  float* absmax;
+  int64_t* argmax;
+  double *mean, *variance, *kurtosis;
+};
+
+// Statistics of a contiguous (rows, channels) matrix: over all of it, or along one side.
+void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels,
+                      Reduction reduction, const StatsOut& out, int threads);
+
+}  // namespace dlzo

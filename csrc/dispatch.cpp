@@ -1,0 +1,90 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+namespace dlzo {
+namespace {
+
+struct Entry {
+  Isa isa;
+  const Kernels* kernels;
+};
+
+#define DLZO_TABLE(isa)                                                               \
+  static const Kernels isa##_kernels = {isa::gaussian, isa::perturb, isa::round_into, \
+                                        isa::moments, isa::channel_moments};
+
+DLZO_TABLE(baseline)
+#if defined(__x86_64__)
+DLZO_TABLE(avx2)
+DLZO_TABLE(avx512)
+#endif
+#undef DLZO_TABLE
+
+std::vector<Entry> probe() {
+  const Entry baseline{{"baseline", true, true, ""}, &baseline_kernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512cd") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const char* lacks = "this processor lacks it";
+  return {{{"avx512", true, has_avx512, has_avx512 ? "" : lacks}, &avx512_kernels},
+          {{"avx2", true, has_avx2, has_avx2 ? "" : lacks}, &avx2_kernels},
+          baseline};
+#else
+  const char* foreign = "an x86-64 instruction set; this build is for another architecture";
+  return {{{"avx512", false, false, foreign}, nullptr},
+          {{"avx2", false, false, foreign}, nullptr},
+          baseline};
+#endif
+}
+
+const std::vector<Entry>& entries() {
+  static const std::vector<Entry> probed = probe();
+  return probed;
+}
+
+const Entry* best() {
+  for (const Entry& entry : entries())
+    if (entry.isa.runs) return &entry;
+  return nullptr;
+}
+
+const Entry*& selected() {
+  static const Entry* entry = best();
+  return entry;
+}
+
+}  // namespace
+
+std::vector<Isa> isas() {
+  std::vector<Isa> result;
+  for (const Entry& entry : entries()) result.push_back(entry.isa);
+  return result;
+}
+
+void select_isa(const std::string& name) {
+  std::string runnable;
+  for (const Entry& entry : entries()) {
+    if (!entry.isa.runs) {
+      if (entry.isa.name == name)
+        throw std::invalid_argument("the ISA '" + name + "' cannot run here: " + entry.isa.reason);
+      continue;
+    }
+    if (entry.isa.name == name) {
+      selected() = &entry;
+      return;
+    }
+    runnable += (runnable.empty() ? "" : ", ") + entry.isa.name;
+  }
+  throw std::invalid_argument("unknown ISA '" + name + "'; this machine runs: " + runnable);
+}
+
+const std::string& selected_isa() { return selected()->isa.name; }
+const Kernels& kernels() { return *selected()->kernels; }
+
+}  // namespace dlzo

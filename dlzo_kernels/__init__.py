@@ -1,0 +1,30 @@
+"""Kernels for zeroth-order fine-tuning: noise, perturbation, statistics, and the exact step."""
+
+# torch first: the extension borrows the OpenMP pool that torch loads.
+import torch as _torch  # noqa: F401
+
+from dlzo_kernels._version import NOISE_VERSION, __version__
+from dlzo_kernels.backends import Backend, backends, select_isa_from_environment
+from dlzo_kernels.ops.accumulate import accumulate_
+from dlzo_kernels.ops.activation_stats import ActivationStats, activation_stats
+from dlzo_kernels.ops.gaussian import gaussian
+from dlzo_kernels.ops.perturb import perturb_, perturb_into
+from dlzo_kernels.step import StepResult, ZOStep, zo_step
+
+select_isa_from_environment()
+
+__all__ = [
+    "NOISE_VERSION",
+    "ActivationStats",
+    "Backend",
+    "StepResult",
+    "ZOStep",
+    "__version__",
+    "accumulate_",
+    "activation_stats",
+    "backends",
+    "gaussian",
+    "perturb_",
+    "perturb_into",
+    "zo_step",
+]

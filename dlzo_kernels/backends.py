@@ -1,0 +1,64 @@
+"""What was built, what this machine runs, and why one is missing."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from dlzo_kernels import _C
+
+
+class Backend(NamedTuple):
+    """One column of the kernels: whether it was built, whether it runs here, and why not."""
+
+    name: str
+    built: bool
+    runs: bool
+    reason: str
+
+
+def backends() -> list[Backend]:
+    """Every backend this version knows, the CPU's ISAs first."""
+    cpu = [Backend(f"cpu/{name}", built, runs, why) for name, built, runs, why in _C.isas()]
+    return [*cpu, _cuda(), _triton()]
+
+
+def _cuda() -> Backend:
+    return Backend("cuda", False, False, "this version has no CUDA kernels")
+
+
+def _triton() -> Backend:
+    return Backend("triton", False, False, "this version has no Triton kernels")
+
+
+def report() -> str:
+    """The text that `python -m dlzo_kernels` prints."""
+    from dlzo_kernels._version import NOISE_VERSION, __version__
+
+    lines = [
+        f"dlzo_kernels {__version__}, noise v{NOISE_VERSION}, torch {torch.__version__}",
+        f"CPU: {_C.selected_isa()} in use, {torch.get_num_threads()} threads "
+        f"({'the OpenMP pool of torch' if _C.thread_pool() == 'openmp' else 'started per call'})",
+    ]
+    for backend in backends():
+        built = "built" if backend.built else "not built"
+        runs = "runs here" if backend.runs else f"does not run here: {backend.reason}"
+        lines.append(f"  {backend.name:13} {built:10} {runs}")
+    return "\n".join(lines)
+
+
+def select_isa_from_environment() -> None:
+    """Forces the ISA that DLZO_ISA names, if it is set.
+
+    Raises:
+        ImportError: it names an ISA that is unknown or that this machine does not run.
+    """
+    name = os.environ.get("DLZO_ISA")
+    if not name:
+        return
+    try:
+        _C.select_isa(name)
+    except ValueError as error:
+        raise ImportError(f"DLZO_ISA: {error}") from error

@@ -1,0 +1,1 @@
+"""The kernels as PyTorch operators, one module each."""

@@ -1,0 +1,139 @@
+"""What every op shares: the torch library, argument checks, the way of tensors to C++."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+LIBRARY = torch.library.Library("dlzo", "DEF")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_U32, _U64 = 1 << 32, 1 << 64
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether the kernel may be called at once: nobody is tracing, no subclass wants the op."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+
+
+def check_range(name: str, value: int, limit: int) -> None:
+    """Raises ValueError unless 0 <= value < limit (TypeError unless it is an integer)."""
+    if not 0 <= operator.index(value) < limit:
+        raise ValueError(f"{name} must be in [0, 2^{limit.bit_length() - 1}), not {value}")
+
+
+def check_noise(
+    shape: Sequence[int], seed: int, stream: int, offset: int, query: int, row_stride: int | None
+) -> None:
+    """Raises ValueError unless the numbers name elements of a logical tensor of noise v1."""
+    check_range("seed", seed, _U64)
+    check_range("stream", stream, _U32)
+    check_range("query", query, _U32)
+    check_range("offset", offset, _U64)
+    if row_stride is None:
+        last = math.prod(shape)
+    else:
+        columns = shape[-1] if len(shape) else 1
+        if row_stride < columns:
+            raise ValueError(
+                f"row_stride {row_stride} is smaller than a row of {columns} elements; "
+                "give the number of columns of the full tensor"
+            )
+        last = (math.prod(shape[:-1]) - 1) * row_stride + columns
+    if offset + last > _U64:
+        raise ValueError(f"offset {offset} numbers elements beyond 2^64")
+
+
+def check_scale(scale: float) -> None:
+    """Raises ValueError unless scale is finite as a float32."""
+    if not abs(scale) <= 3.4028234663852886e38:
+        raise ValueError(f"scale must be finite in float32, not {scale}")
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises TypeError or ValueError unless a kernel can work on the tensor."""
+    if tensor.device.type != "cpu":
+        raise NotImplementedError(
+            f"{name} is on {tensor.device}, for which no kernel was built; move it to the CPU"
+        )
+    if tensor.dtype not in DTYPE_CODES:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; use torch.float32, torch.bfloat16 or torch.float16"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; make it dense with .to_dense()")
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """As check_tensor, and raises ValueError where two elements share memory."""
+    check_tensor(name, tensor)
+    if tensor.is_contiguous():
+        return
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride < extent:
+            raise ValueError(
+                f"elements of {name} share memory (strides {tensor.stride()}); clone it"
+            )
+        extent += stride * (size - 1)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory ranges of two non-empty tensors meet."""
+    a_begin, b_begin = a.data_ptr(), b.data_ptr()
+    return a_begin < b_begin + _extent(b) and b_begin < a_begin + _extent(a)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def shape_of(tensor: Tensor) -> Sequence[int]:
+    """The shape with at least one dimension, as the extension expects it."""
+    return tensor.shape or (1,)
+
+
+def row_stride_of(shape: Sequence[int], row_stride: int | None) -> int:
+    """The distance in logical indices between rows: by default the rows follow one another."""
+    return shape[-1] if row_stride is None else row_stride
+
+
+def pack(tensor: Tensor) -> tuple[int, int, Sequence[int]]:
+    """(data pointer, dtype code, strides), the form in which the extension takes a tensor."""
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride() or (1,)
+
+
+NO_TENSOR = (0, 0, (1,))
+
+
+def mark_written(tensor: Tensor) -> None:
+    """Tells autograd of a write that it did not see."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def to_signed(value: int) -> int:
+    """A 64-bit unsigned number as the int64 that an operator schema carries."""
+    return value - _U64 if value >= _U64 >> 1 else value
+
+
+def to_unsigned(value: int) -> int:
+    """The inverse of to_signed."""
+    return value % _U64
+
+
+def threads() -> int:
+    """How many threads a kernel may use: as many as torch."""
+    return torch.get_num_threads()

@@ -1,0 +1,107 @@
+"""gaussian: standard normals of noise v1 as a new tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dlzo_kernels import _C
+from dlzo_kernels.ops._common import (
+    LIBRARY,
+    check_noise,
+    check_tensor,
+    is_eager,
+    pack,
+    row_stride_of,
+    shape_of,
+    threads,
+    to_signed,
+    to_unsigned,
+)
+
+LIBRARY.define(
+    "gaussian(int[] shape, int seed, int stream, int offset, int query, int? row_stride, "
+    "ScalarType dtype, Device device) -> Tensor"
+)
+
+
+def gaussian(
+    shape: Sequence[int],
+    seed: int,
+    *,
+    stream: int = 0,
+    offset: int = 0,
+    query: int = 0,
+    row_stride: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normals as a pure function of (seed, stream, query, element index): noise v1.
+
+    The same bits on every backend, ISA and number of threads; no random state is read or written.
+    A shard of a larger tensor makes its own part: element (i, j), seen as rows of the last
+    dimension, has the index offset + i * row_stride + j of the full tensor.
+
+    Args:
+        shape: of the result.
+        seed: 64-bit key, in [0, 2^64).
+        stream: 32-bit ordinal of the parameter in its layer.
+        offset: index of the first element in the full tensor, 64-bit.
+        query: 32-bit number of the direction; 0 for two-point steps.
+        row_stride: columns of the full tensor, where `shape` is a column shard of it; by default
+            the rows follow one another.
+        dtype: torch.float32, torch.bfloat16 or torch.float16 (rounded to nearest even).
+        device: where the result lies.
+
+    Returns:
+        A contiguous tensor; |z| <= 6.76 in float32.
+
+    Raises:
+        ValueError: a number is out of range.
+        TypeError: the dtype is none of the three.
+        NotImplementedError: no kernel was built for the device.
+    """
+    shape = tuple(shape)
+    check_noise(shape, seed, stream, offset, query, row_stride)
+    arguments = (stream, offset, query, row_stride, dtype, torch.device(device))
+    if is_eager():
+        return _gaussian_cpu(shape, seed, *arguments)
+    return torch.ops.dlzo.gaussian(shape, to_signed(seed), *arguments)
+
+
+def _gaussian_cpu(
+    shape: Sequence[int],
+    seed: int,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=device)
+    check_tensor("the result", out)
+    sizes = shape_of(out)
+    stride = row_stride_of(sizes, row_stride)
+    offset, seed = to_unsigned(offset), to_unsigned(seed)
+    _C.gaussian(pack(out), sizes, offset, stride, seed, stream, query, threads())
+    return out
+
+
+@torch.library.register_fake("dlzo::gaussian", lib=LIBRARY)
+def _(
+    shape: Sequence[int],
+    seed: int,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+LIBRARY.impl("gaussian", _gaussian_cpu, "CompositeExplicitAutograd")

@@ -1,0 +1,193 @@
+"""perturb_ and perturb_into: weights moved along noise that is made on the fly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlzo_kernels import _C
+from dlzo_kernels.ops._common import (
+    LIBRARY,
+    check_noise,
+    check_scale,
+    check_tensor,
+    check_writable,
+    is_eager,
+    mark_written,
+    overlap,
+    pack,
+    row_stride_of,
+    shape_of,
+    threads,
+    to_signed,
+    to_unsigned,
+)
+
+LIBRARY.define(
+    "perturb_(Tensor(a!) w, int seed, float scale, int stream, int offset, int query, "
+    "int? row_stride) -> ()"
+)
+LIBRARY.define(
+    "perturb_into(Tensor(a!) out, Tensor base, int seed, float scale, int stream, int offset, "
+    "int query, int? row_stride) -> ()"
+)
+
+
+def perturb_(
+    w: Tensor,
+    seed: int,
+    scale: float,
+    *,
+    stream: int = 0,
+    offset: int = 0,
+    query: int = 0,
+    row_stride: int | None = None,
+) -> Tensor:
+    """w = round(float32(w) + scale * z) in place, z being `gaussian` with the same numbers.
+
+    One rounded product, one rounded sum, one rounding to nearest even into w's dtype: the same bits
+    on every backend. Perturbing by +scale and then by -scale need not restore w; `zo_step` does.
+
+    Args:
+        w: float32, bfloat16 or float16; any shape and strides, empty too.
+        seed: 64-bit key, in [0, 2^64).
+        scale: rounded to float32.
+        stream: 32-bit ordinal of the parameter in its layer.
+        offset: index of w's first element in the full tensor, 64-bit.
+        query: 32-bit number of the direction.
+        row_stride: columns of the full tensor, where w is a column shard of it.
+
+    Returns:
+        w.
+
+    Raises:
+        ValueError: a number is out of range, or elements of w share memory.
+        TypeError: the dtype is none of the three.
+        NotImplementedError: no kernel was built for the device.
+    """
+    check_noise(w.shape, seed, stream, offset, query, row_stride)
+    check_scale(scale)
+    if is_eager(w):
+        _perturb_cpu(w, seed, scale, stream, offset, query, row_stride)
+    else:
+        torch.ops.dlzo.perturb_(w, to_signed(seed), scale, stream, offset, query, row_stride)
+    return w
+
+
+def perturb_into(
+    out: Tensor,
+    base: Tensor,
+    seed: int,
+    scale: float,
+    *,
+    stream: int = 0,
+    offset: int = 0,
+    query: int = 0,
+    row_stride: int | None = None,
+) -> Tensor:
+    """out = round(float32(base) + scale * z); base is left as it was.
+
+    Args:
+        out: float32, bfloat16 or float16; any strides.
+        base: of out's shape; float32 (a master) or out's dtype.
+        seed: see `perturb_`, as for the other arguments.
+        scale: rounded to float32.
+        stream: 32-bit ordinal of the parameter in its layer.
+        offset: index of the first element in the full tensor, 64-bit.
+        query: 32-bit number of the direction.
+        row_stride: columns of the full tensor, where out is a column shard of it.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: as `perturb_`; shapes that differ; out and base overlap without being the same.
+        TypeError: a dtype is none of the three, or base is neither float32 nor of out's dtype.
+        NotImplementedError: no kernel was built for the device.
+    """
+    check_noise(out.shape, seed, stream, offset, query, row_stride)
+    check_scale(scale)
+    if is_eager(out, base):
+        _perturb_into_cpu(out, base, seed, scale, stream, offset, query, row_stride)
+    else:
+        arguments = (to_signed(seed), scale, stream, offset, query, row_stride)
+        torch.ops.dlzo.perturb_into(out, base, *arguments)
+    return out
+
+
+def _perturb_cpu(
+    w: Tensor,
+    seed: int,
+    scale: float,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+) -> None:
+    check_writable("w", w)
+    _run(w, w, seed, scale, stream, offset, query, row_stride)
+
+
+def _perturb_into_cpu(
+    out: Tensor,
+    base: Tensor,
+    seed: int,
+    scale: float,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+) -> None:
+    check_writable("out", out)
+    check_tensor("base", base)
+    if out.shape != base.shape:
+        raise ValueError(f"out has shape {tuple(out.shape)} and base {tuple(base.shape)}")
+    if base.dtype not in (torch.float32, out.dtype):
+        raise TypeError(f"base has dtype {base.dtype}; use torch.float32 or out's {out.dtype}")
+    same = out.data_ptr() == base.data_ptr() and out.stride() == base.stride()
+    if overlap(out, base) and not (same and out.dtype == base.dtype):
+        raise ValueError("out and base overlap in memory without being the same; clone base")
+    _run(out, base, seed, scale, stream, offset, query, row_stride)
+
+
+def _run(
+    out: Tensor,
+    base: Tensor,
+    seed: int,
+    scale: float,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+) -> None:
+    shape = shape_of(out)
+    numbering = (shape, to_unsigned(offset), row_stride_of(shape, row_stride))
+    packed = pack(out)
+    source = packed if base is out else pack(base)
+    _C.perturb(packed, source, *numbering, to_unsigned(seed), stream, query, scale, threads())
+    mark_written(out)
+
+
+@torch.library.register_fake("dlzo::perturb_", lib=LIBRARY)
+def _(
+    w: Tensor, seed: int, scale: float, stream: int, offset: int, query: int, row_stride: int | None
+) -> None:
+    return None
+
+
+@torch.library.register_fake("dlzo::perturb_into", lib=LIBRARY)
+def _(
+    out: Tensor,
+    base: Tensor,
+    seed: int,
+    scale: float,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+) -> None:
+    return None
+
+
+LIBRARY.impl("perturb_", _perturb_cpu, "CPU")
+LIBRARY.impl("perturb_into", _perturb_into_cpu, "CPU")

@@ -1,0 +1,383 @@
+"""zo_step: an exact zeroth-order step on one layer (MeZO, arXiv 2305.17333, from a master copy)."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from dlzo_kernels.ops._common import check_range, check_writable, overlap
+from dlzo_kernels.ops.accumulate import accumulate_
+from dlzo_kernels.ops.perturb import perturb_into
+
+Layer = nn.Module | Tensor | Iterable[nn.Module | Tensor]
+Loss = float | Tensor
+
+_CHUNK = 1 << 16  # elements compared at a time: the step's only scratch memory
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step saw and did.
+
+    Attributes:
+        losses_plus: loss at master + eps z, one per direction.
+        losses_minus: loss at master - eps z, one per direction.
+        projected_grads: (loss_plus - loss_minus) / (2 eps), one per direction.
+        applied: False where a number was not finite: then the weights are as they were.
+    """
+
+    losses_plus: tuple[float, ...]
+    losses_minus: tuple[float, ...]
+    projected_grads: tuple[float, ...]
+    applied: bool
+
+    @property
+    def loss_plus(self) -> float:
+        """Mean of losses_plus."""
+        return sum(self.losses_plus) / len(self.losses_plus)
+
+    @property
+    def loss_minus(self) -> float:
+        """Mean of losses_minus."""
+        return sum(self.losses_minus) / len(self.losses_minus)
+
+    @property
+    def projected_grad(self) -> float:
+        """Mean of projected_grads."""
+        return sum(self.projected_grads) / len(self.projected_grads)
+
+
+@overload
+def zo_step(layer: Layer, seed: int, eps: float, lr: float, *, directions: int = 1) -> ZOStep: ...
+@overload
+def zo_step(
+    layer: Layer,
+    seed: int,
+    eps: float,
+    lr: float,
+    *,
+    closure: Callable[[], Loss],
+    directions: int = 1,
+) -> StepResult: ...
+def zo_step(
+    layer: Layer,
+    seed: int,
+    eps: float,
+    lr: float,
+    *,
+    closure: Callable[[], Loss] | None = None,
+    directions: int = 1,
+) -> StepResult | ZOStep:
+    """One two-point zeroth-order step: w -= lr / K * sum_k g_k z_k, g_k = (L+ - L-) / (2 eps).
+
+    The weights always come from a float32 master that outlives the step: live = round(master ±
+    eps z). So nothing drifts (lr = 0 leaves every bit), and bfloat16 does not stall on updates
+    below half an ulp. The master is derived anew whenever somebody else has written the weights.
+    With `closure` the layer is passed over three times: plus, minus, update.
+
+    Whatever ends an evaluation early (an exception, Ctrl-C, a loss that is not finite) leaves the
+    weights exactly as they were. No global random state is touched.
+
+    Args:
+        layer: a module (its parameters that require grad are tuned), a tensor, or an iterable of
+            both. z of the parameter with ordinal i among all parameters has stream i.
+        seed: of z, in [0, 2^64).
+        eps: size of the perturbation, > 0.
+        lr: step size, >= 0.
+        closure: returns the loss of the current weights (a float or a 0-d tensor); called under
+            no_grad, 2 * directions times.
+        directions: K, the number of directions averaged; direction k is query k of noise v1.
+
+    Returns:
+        A StepResult with `closure`; without it the open step:
+        `with step.plus(): ...`, `with step.minus(): ...`, `step.update(loss_plus, loss_minus)`.
+
+    Raises:
+        ValueError: a number is out of range, or a parameter cannot be tuned; it is named.
+        TypeError: the layer is none of the three, or a parameter has a dtype of another kind.
+        RuntimeError: another step has the layer perturbed.
+    """
+    step = ZOStep(layer, seed, eps, lr, directions)
+    return step if closure is None else step._run(closure)
+
+
+class ZOStep:
+    """An open step: see `zo_step`, which makes it."""
+
+    def __init__(self, layer: Layer, seed: int, eps: float, lr: float, directions: int = 1) -> None:
+        check_range("seed", seed, 1 << 64)
+        if not (math.isfinite(eps) and 1e-37 < eps < 1e37):
+            raise ValueError(f"eps must be finite and > 0, not {eps}")
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr must be finite and >= 0, not {lr}")
+        if directions < 1:
+            raise ValueError(f"directions must be at least 1, not {directions}")
+        self._seed, self._eps, self._lr, self._directions = seed, eps, lr, directions
+        self._tuned = [_adopt(stream, name, live) for stream, name, live in _collect(layer)]
+        self._taken = False
+
+    @contextmanager
+    def plus(self, direction: int = 0) -> Iterator[None]:
+        """The layer at master + eps z inside the `with`; exactly restored when it is left."""
+        with self._perturbed(self._eps, direction):
+            yield
+
+    @contextmanager
+    def minus(self, direction: int = 0) -> Iterator[None]:
+        """The layer at master - eps z inside the `with`; exactly restored when it is left."""
+        with self._perturbed(-self._eps, direction):
+            yield
+
+    def update(
+        self, loss_plus: Loss | Sequence[Loss], loss_minus: Loss | Sequence[Loss]
+    ) -> StepResult:
+        """Moves the weights by the losses: numbers or 0-d tensors, one per direction.
+
+        Raises:
+            ValueError: not one loss per direction.
+            RuntimeError: the step was taken already, or the layer is perturbed.
+        """
+        if self._taken:
+            raise RuntimeError("this step was taken already; make another with zo_step")
+        self._refuse_if_perturbed()
+        plus, minus = _as_floats(loss_plus), _as_floats(loss_minus)
+        if not len(plus) == len(minus) == self._directions:
+            raise ValueError(
+                f"{len(plus)} and {len(minus)} losses for {self._directions} directions: "
+                "give one of each per direction"
+            )
+        return self._finish(plus, minus)
+
+    def _run(self, closure: Callable[[], Loss]) -> StepResult:
+        plus, minus = [], []
+        self._refuse_if_perturbed()
+        try:
+            with torch.no_grad():
+                for direction in range(self._directions):
+                    self._write(self._eps, direction)
+                    plus.append(float(closure()))
+                    self._write(-self._eps, direction)
+                    minus.append(float(closure()))
+        except BaseException:
+            self._restore()
+            raise
+        return self._finish(plus, minus)
+
+    @contextmanager
+    def _perturbed(self, scale: float, direction: int) -> Iterator[None]:
+        if not 0 <= direction < self._directions:
+            raise ValueError(f"direction must be in [0, {self._directions}), not {direction}")
+        self._refuse_if_perturbed()
+        try:
+            self._write(scale, direction)
+            yield
+        finally:
+            self._restore()
+
+    def _refuse_if_perturbed(self) -> None:
+        for tuned in self._tuned:
+            if tuned.entry.perturbed:
+                raise RuntimeError(f"{tuned.name} is perturbed by an open step; leave that first")
+
+    def _write(self, scale: float, direction: int) -> None:
+        with _uninterrupted():
+            for t in self._tuned:
+                t.entry.perturbed = True
+                perturb_into(
+                    t.live, t.entry.master, self._seed, scale, stream=t.stream, query=direction
+                )
+
+    def _restore(self) -> None:
+        with _uninterrupted():
+            for t in self._tuned:
+                t.live.detach().copy_(t.entry.master)
+                t.entry.release(t.live)
+
+    def _finish(self, plus: list[float], minus: list[float]) -> StepResult:
+        grads = [(p - m) / (2 * self._eps) for p, m in zip(plus, minus, strict=True)]
+        scales = [-self._lr / self._directions * g for g in grads]
+        applied = all(math.isfinite(loss) for loss in (*plus, *minus)) and all(
+            abs(scale) < 3.4e38 for scale in scales
+        )
+        # A product of zero and z could still turn -0.0 into 0.0.
+        if applied and any(scales):
+            self._apply(scales)
+        else:
+            self._restore()
+        self._taken = True
+        return StepResult(tuple(plus), tuple(minus), tuple(grads), applied)
+
+    def _apply(self, scales: list[float]) -> None:
+        seeds, queries = [self._seed] * len(scales), range(len(scales))
+        with _uninterrupted():
+            for t in self._tuned:
+                arguments = {"stream": t.stream, "query": queries}
+                if t.live.dtype is torch.float32:
+                    accumulate_(t.entry.master, seeds, scales, **arguments)
+                    t.live.detach().copy_(t.entry.master)
+                else:
+                    accumulate_(t.entry.master, seeds, scales, **arguments, out=t.live)
+                t.entry.release(t.live)
+
+
+class _Entry:
+    """The float32 master of one parameter, and what tells whether it still speaks for it."""
+
+    def __init__(self, live: Tensor) -> None:
+        self.storage = StorageWeakRef(live.untyped_storage())
+        self.master = torch.empty(live.shape, dtype=torch.float32, device=live.device)
+        self.perturbed = False
+        self.seen: weakref.ref[Tensor] = weakref.ref(live)
+        self.version = _version(live)
+
+    def release(self, live: Tensor) -> None:
+        """Notes that the live weights are those of the master again."""
+        self.perturbed = False
+        self.seen, self.version = weakref.ref(live), _version(live)
+
+    def speaks_for(self, live: Tensor) -> bool:
+        """Whether nobody else has written the weights since the last release."""
+        if self.seen() is live and self.version != _version(live):
+            return False
+        return all(
+            torch.equal(_bits(part.to(live.dtype)), _bits(whole))
+            for whole, part in _chunks(live, self.master)
+        )
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    stream: int
+    name: str
+    live: Tensor
+    entry: _Entry
+
+
+_Key = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
+_entries: dict[_Key, _Entry] = {}
+
+
+def _adopt(stream: int, name: str, live: Tensor) -> _Tuned:
+    """The parameter with its master: the one of the step before, where that still holds."""
+    for stale in [key for key, entry in _entries.items() if entry.storage.expired()]:
+        del _entries[stale]
+    key = (
+        StorageWeakRef(live.untyped_storage()).cdata,
+        live.storage_offset(),
+        live.shape,
+        live.stride(),
+        live.dtype,
+    )
+    entry = _entries.get(key)
+    if entry is not None and entry.perturbed:
+        raise RuntimeError(f"{name} is perturbed by an open step; leave that first")
+    if entry is None or not entry.speaks_for(live):
+        entry = _Entry(live)
+        for whole, part in _chunks(live, entry.master):
+            if not part.copy_(whole).isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite; repair it first")
+        _entries[key] = entry
+    return _Tuned(stream, name, live, entry)
+
+
+def _collect(layer: Layer) -> list[tuple[int, str, Tensor]]:
+    """(stream, name, tensor) of what is tuned; the stream counts frozen parameters too."""
+    found: list[tuple[int, str, Tensor]] = []
+    seen: set[int] = set()
+    stream = 0
+    for name, tensor, chosen in _named_tensors(layer):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        _check_parameter(name, tensor)
+        if chosen:
+            found.append((stream, name, tensor))
+        stream += 1
+    if not found:
+        raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
+    for (_, name, a), (_, other, b) in combinations(found, 2):
+        if overlap(a, b):
+            raise ValueError(f"{name} and {other} share memory; give one of the two")
+    return found
+
+
+def _named_tensors(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, tensor, whether it is tuned): tensors that are given as such always are."""
+    if isinstance(layer, Tensor):
+        yield "the tensor", layer, True
+    elif isinstance(layer, nn.Module):
+        for name, parameter in layer.named_parameters():
+            yield name, parameter, parameter.requires_grad
+    elif isinstance(layer, Iterable) and not isinstance(layer, str | bytes | dict):
+        for i, part in enumerate(layer):
+            if not isinstance(part, Tensor | nn.Module):
+                raise TypeError(
+                    f"item {i} of the layer is a {type(part).__name__}, not a module or tensor"
+                )
+            for name, tensor, chosen in _named_tensors(part):
+                yield (f"tensor {i}" if part is tensor else f"{i}.{name}"), tensor, chosen
+    else:
+        raise TypeError(
+            f"layer is a {type(layer).__name__}; give a module, a tensor or an iterable of them"
+        )
+
+
+def _check_parameter(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}, not a plain tensor; de-quantise or unwrap it"
+        )
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device and holds no values; load it first")
+    check_writable(name, tensor)
+
+
+def _chunks(live: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching parts of both, of about _CHUNK elements, as views."""
+    live = live.detach()
+    if live.is_contiguous():
+        live, master = live.view(-1), master.view(-1)
+    if live.numel() == 0 or live.dim() == 0:
+        return iter([(live, master)])
+    rows = max(1, _CHUNK * live.shape[0] // live.numel())
+    return zip(live.split(rows), master.split(rows), strict=True)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
+
+
+def _version(tensor: Tensor) -> int:
+    """Autograd's count of writes; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _as_floats(losses: Loss | Sequence[Loss]) -> list[float]:
+    return [float(loss) for loss in losses] if isinstance(losses, Sequence) else [float(losses)]
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Delays Ctrl-C until the block has run: a layer is never left half written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if pending:
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dlzo_kernels import _C
+
+ISAS = [name for name, *_ in _C.isas()]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn, forced."""
+    reason = {name: why for name, _, runs, why in _C.isas() if not runs}.get(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    before = _C.selected_isa()
+    _C.select_isa(request.param)
+    yield request.param
+    _C.select_isa(before)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def set_threads() -> Iterator[object]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The real model, in bfloat16; fetched and converted once into the user's cache."""
+    from dlzo.models import load_model
+
+    return load_model("smollm2", dtype=torch.bfloat16)

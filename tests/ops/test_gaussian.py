@@ -1,0 +1,146 @@
+"""Noise v1 on the CPU column: bits of the reference, on every ISA, whatever the cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bits import assert_same_bits, bits, store
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dlzo_kernels import gaussian, reference
+
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "noise_v1.json").read_text())
+PER_ISA = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+SEEDS = st.integers(0, 2**64 - 1)
+WORDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("run", VECTORS["runs"])
+def test_known_answers(isa, run):
+    names = {"stream": run["stream"], "query": run["query"], "offset": run["first"]}
+    z = gaussian((len(run["z"]),), run["seed"], **names)
+    assert [f"{value & 0xFFFFFFFF:08x}" for value in bits(z).tolist()] == run["z"]
+
+
+@PER_ISA
+@given(seed=SEEDS, stream=WORDS, query=WORDS, offset=st.integers(0, 2**63), n=st.integers(0, 700))
+def test_any_run_has_the_bits_of_the_reference(isa, dtype, seed, stream, query, offset, n):
+    z = gaussian((n,), seed, stream=stream, query=query, offset=offset, dtype=dtype)
+    index = np.arange(offset, offset + n, dtype=np.uint64)
+    assert_same_bits(z, store(reference.gaussian(index, seed, stream, query), dtype))
+
+
+@pytest.mark.parametrize("length", [*range(66), 127, 129, 255, 257, 4095, 4097, 70_001])
+def test_every_tail(isa, length):
+    expected = store(reference.gaussian(reference.element_index((length,), 3), 9), torch.float32)
+    assert_same_bits(gaussian((length,), 9, offset=3), expected)
+
+
+@pytest.mark.parametrize("offset", [(1 << 34) - 4096, (1 << 34) - 4096 + 31, (1 << 34) - 1])
+def test_the_block_counter_carries_into_its_high_half(isa, offset):
+    z = gaussian((9000,), 5, offset=offset, stream=2)
+    index = np.arange(offset, offset + 9000, dtype=np.uint64)
+    assert_same_bits(z, store(reference.gaussian(index, 5, 2), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "first", "width"), [(7, 100, 0, 33), (5, 301, 98, 203)]
+)
+def test_a_column_shard_is_a_part_of_the_whole(isa, rows, columns, first, width):
+    whole = gaussian((rows, columns), 11, stream=4)
+    shard = gaussian((rows, width), 11, stream=4, offset=first, row_stride=columns)
+    assert_same_bits(shard, whole[:, first : first + width].contiguous())
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(set_threads):
+    results = []
+    for threads in (1, 2, 3, 7):
+        set_threads(threads)
+        results.append(gaussian((200_003,), 1, offset=17))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+def test_streams_queries_and_seeds_give_different_noise():
+    base = gaussian((4096,), 1)
+    for other in (
+        gaussian((4096,), 2),
+        gaussian((4096,), 1 + (1 << 32)),
+        gaussian((4096,), 1, stream=1),
+        gaussian((4096,), 1, query=1),
+    ):
+        assert abs(torch.corrcoef(torch.stack([base, other]))[0, 1].item()) < 0.08
+        assert (other != base).float().mean() > 0.99
+
+
+def test_the_distribution_is_normal():
+    z = gaussian((4_000_000,), 2024).double()
+    n = z.numel()
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert abs((z**power).mean() - expected) < 5 * (variance / n) ** 0.5, power
+    beyond_4 = (z.abs() > 4).sum().item()
+    assert abs(beyond_4 - 6.334e-5 * n) < 5 * (6.334e-5 * n) ** 0.5
+    sorted_z = z.sort().values
+    distance = (torch.special.ndtr(sorted_z) - torch.arange(n) / n).abs().max()
+    assert distance < 1.95 / n**0.5  # Kolmogorov-Smirnov, p = 0.001
+
+
+def test_the_global_random_state_is_untouched():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    gaussian((100,), 1)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_subnormals_are_kept_whatever_the_caller_set():
+    torch.set_flush_denormal(True)
+    try:
+        z = gaussian((100_000,), 1, dtype=torch.float16)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(z, gaussian((100_000,), 1, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": -1}, r"seed must be in \[0, 2\^64\), not -1"),
+        ({"seed": 1 << 64}, "seed must be"),
+        ({"seed": 1, "stream": 1 << 32}, "stream must be"),
+        ({"seed": 1, "query": -1}, "query must be"),
+        ({"seed": 1, "offset": (1 << 64) - 5}, "beyond 2\\^64"),
+        ({"seed": 1, "row_stride": 7}, "row_stride 7 is smaller than a row of 10"),
+    ],
+)
+def test_bad_numbers_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gaussian((10,), **arguments)
+
+
+def test_bad_types_are_refused():
+    with pytest.raises(TypeError):
+        gaussian((10,), 1.5)
+    with pytest.raises(TypeError, match=r"torch\.float64; use torch\.float32"):
+        gaussian((10,), 1, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="no kernel was built"):
+        gaussian((10,), 1, device="meta")
+
+
+def test_operator_contract():
+    arguments = ((5, 7), -3, 1, 2, 3, 9, torch.bfloat16, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.dlzo.gaussian.default, arguments)
+
+
+def test_inside_torch_compile():
+    @torch.compile(fullgraph=True)
+    def doubled(seed):
+        return gaussian((130,), seed, stream=1) * 2
+
+    assert_same_bits(doubled(1 << 63), gaussian((130,), 1 << 63, stream=1) * 2)

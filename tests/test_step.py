@@ -1,0 +1,429 @@
+"""zo_step: exact, safe, clean, and moving the right way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import tracemalloc
+
+import pytest
+import torch
+from bits import assert_same_bits, bits
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlzo_kernels import gaussian, zo_step
+from dlzo_kernels.step import _entries
+
+
+def layer_of(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A layer with two tensors of one shape, a bias, a frozen and an empty parameter."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Module()
+    for name, shape in (("q", (30, 17)), ("k", (30, 17)), ("frozen", (5,)), ("bias", (17,))):
+        values = torch.randn(shape, generator=generator).to(dtype)
+        layer.register_parameter(name, nn.Parameter(values, requires_grad=name != "frozen"))
+    layer.register_parameter("empty", nn.Parameter(torch.empty(0, 3, dtype=dtype)))
+    return layer
+
+
+def copies(layer: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in layer.parameters()]
+
+
+def assert_untouched(layer: nn.Module, before: list[torch.Tensor]) -> None:
+    for now, then in zip(copies(layer), before, strict=True):
+        assert_same_bits(now, then)
+
+
+def loss_of(layer: nn.Module) -> torch.Tensor:
+    return sum(p.float().square().sum() for p in layer.parameters())
+
+
+def test_lr_zero_keeps_every_bit(dtype):
+    layer = layer_of(dtype)
+    with torch.no_grad():
+        layer.q[0, :4] = torch.tensor([0.0, -0.0, 1e-7, -1e-7]).to(dtype)
+    before = copies(layer)
+    for seed in range(20):
+        result = zo_step(layer, seed, 1e-3, 0.0, closure=lambda: loss_of(layer))
+        assert result.applied
+    assert_untouched(layer, before)
+
+
+def test_the_weights_under_evaluation_are_the_rounded_master_plus_and_minus(dtype):
+    w = torch.randn(40, 9).to(dtype)
+    start, seen = w.float(), []
+    zo_step([w], 5, 0.01, 0.0, closure=lambda: seen.append(w.clone()) or 0.0)
+    z = gaussian((40, 9), 5)
+    assert_same_bits(seen[0], (start + 0.01 * z).to(dtype))
+    assert_same_bits(seen[1], (start - 0.01 * z).to(dtype))
+
+
+def test_both_forms_give_the_same_bits(dtype):
+    one, two = layer_of(dtype), layer_of(dtype)
+    for seed in range(5):
+        with_closure = zo_step(one, seed, 1e-2, 1e-3, closure=lambda: loss_of(one))
+        step = zo_step(two, seed, 1e-2, 1e-3)
+        with torch.no_grad():
+            with step.plus():
+                plus = loss_of(two)
+            with step.minus():
+                minus = loss_of(two)
+        assert step.update(plus, minus) == with_closure
+    assert_untouched(two, copies(one))
+    assert not torch.equal(one.q, layer_of(dtype).q)
+    assert torch.equal(one.frozen, layer_of(dtype).frozen)
+
+
+def test_bfloat16_does_not_stall():
+    w = torch.ones(1000, dtype=torch.bfloat16)
+    half_ulp = 2.0**-9
+    direction = torch.zeros(1000)
+    moves = []
+    for seed in range(1000):
+        before = w.clone()
+        # A steady slope of 1e-3 of half an ulp per step, along each z's agreement with it.
+        result = zo_step(w, seed, 1e-3, half_ulp * 1e-3, closure=lambda: w.float().sum())
+        direction -= half_ulp * 1e-3 * result.projected_grad * gaussian((1000,), seed)
+        moves.append(not torch.equal(w, before))
+    assert direction.abs().max() > half_ulp  # the updates add up to something bfloat16 can show
+    assert any(moves)
+    assert_same_bits(w, (torch.ones(1000) + direction).bfloat16())
+
+
+def test_sign_and_size_against_the_gradient_of_a_quadratic():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(50, generator=generator, dtype=torch.float32)
+    curvature = torch.rand(50, generator=generator) + 0.5
+    start, total = w.clone(), torch.zeros(50, dtype=torch.float64)
+    gradient = curvature * start
+    count, lr = 4000, 0.1
+    for seed in range(count):
+        w.copy_(start)
+        result = zo_step(
+            w, seed, 1e-2, lr, closure=lambda: 0.5 * (curvature.double() * w.double() ** 2).sum()
+        )
+        z = gaussian((50,), seed)
+        assert result.projected_grad == pytest.approx(float(z @ gradient), rel=2e-3, abs=2e-3)
+        total += w.double() - start.double()
+    # E[g z] is the gradient; its variance per coordinate is about |gradient|^2.
+    error = (total / count + lr * gradient).abs().max()
+    assert error < 5 * lr * gradient.norm() / count**0.5
+
+
+def test_directions_are_averaged(dtype):
+    w = torch.randn(200).to(dtype)
+    master = w.float().clone()
+    result = zo_step(w, 3, 1e-2, 0.05, closure=lambda: w.float().square().sum(), directions=4)
+    assert len(result.losses_plus) == len(result.projected_grads) == 4
+    for k, grad in enumerate(result.projected_grads):
+        scale = torch.tensor(-0.05 / 4 * grad, dtype=torch.float64).float()
+        master = master + scale * gaussian((200,), 3, query=k)
+    assert_same_bits(w, master.to(dtype))
+    assert result.projected_grad == pytest.approx(sum(result.projected_grads) / 4)
+
+
+def test_directions_in_the_open_form():
+    one, two = layer_of(), layer_of()
+    expected = zo_step(one, 1, 1e-2, 1e-3, closure=lambda: loss_of(one).item(), directions=2)
+    step, plus, minus = zo_step(two, 1, 1e-2, 1e-3, directions=2), [], []
+    for k in range(2):
+        with step.plus(k):
+            plus.append(loss_of(two).item())
+        with step.minus(k):
+            minus.append(loss_of(two).item())
+    assert step.update(plus, minus) == expected
+    assert_untouched(two, copies(one))
+
+
+def test_tensors_of_one_shape_get_different_noise():
+    layer, seen = layer_of(), []
+    zero = [torch.zeros_like(p).copy_(p) for p in (layer.q, layer.k)]
+    zo_step(layer, 1, 1.0, 0.0, closure=lambda: seen.append(copies(layer)) or 0.0)
+    noise = [seen[0][i] - zero[i] for i in range(2)]
+    assert abs(torch.corrcoef(torch.stack(noise).view(2, -1))[0, 1]) < 0.2
+    assert_same_bits(seen[0][3], layer.bias.detach() + gaussian((17,), 1, stream=3))
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), KeyboardInterrupt(), SystemExit()]
+)
+def test_whatever_ends_an_evaluation_restores_every_bit(dtype, phase, error):
+    layer = layer_of(dtype)
+    zo_step(layer, 0, 1e-2, 1e-2, closure=lambda: loss_of(layer))  # a master with more bits
+    before, calls = copies(layer), []
+
+    def closure():
+        calls.append(not torch.equal(layer.q, before[0]))
+        if len(calls) > phase:
+            raise error
+        return 0.0
+
+    with pytest.raises(type(error)):
+        zo_step(layer, 1, 1e-2, 1e-2, closure=closure)
+    assert calls == [True] * (phase + 1)  # the evaluation saw perturbed weights
+    assert_untouched(layer, before)
+    step = zo_step(layer, 1, 1e-2, 1e-2)
+    with pytest.raises(type(error)), step.minus():
+        raise error
+    assert_untouched(layer, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_loss_that_is_not_finite_is_not_applied(dtype, bad, phase):
+    layer = layer_of(dtype)
+    before, losses = copies(layer), [1.0, 1.0]
+    losses[phase] = bad
+    remaining = iter(losses)
+    result = zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: next(remaining))
+    assert not result.applied
+    assert_untouched(layer, before)
+    assert not zo_step(layer, 1, 1e-2, 1e-2).update(*losses).applied
+    assert_untouched(layer, before)
+
+
+def test_ctrl_c_while_the_weights_are_written_waits_for_the_end(monkeypatch):
+    from dlzo_kernels import step as module
+
+    layer, before, written = layer_of(), copies(layer_of()), []
+
+    def interrupted(*arguments, **numbers):
+        os.kill(os.getpid(), signal.SIGINT)
+        written.append(1)
+        return perturb_into(*arguments, **numbers)
+
+    perturb_into = module.perturb_into
+    monkeypatch.setattr(module, "perturb_into", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: 0.0)
+    assert len(written) == 4  # all parameters, the interrupted one too
+    assert_untouched(layer, before)
+
+
+def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
+    from dlzo_kernels import step as module
+
+    layer, before = layer_of(), copies(layer_of())
+    real, calls = module.perturb_into, []
+
+    def failing(*arguments, **numbers):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return real(*arguments, **numbers)
+
+    monkeypatch.setattr(module, "perturb_into", failing)
+    with pytest.raises(MemoryError):
+        zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: 0.0)
+    assert_untouched(layer, before)
+
+
+def test_the_layer_is_passed_over_three_times(monkeypatch):
+    from dlzo_kernels import step as module
+
+    passes = []
+    for name in ("perturb_into", "accumulate_"):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, real=real, name=name, **k: passes.append(name) or real(*a, **k)
+        )
+    w = torch.ones(10, dtype=torch.bfloat16)
+    zo_step(w, 1, 0.1, 1e-3, closure=lambda: w.float().sum())
+    assert passes == ["perturb_into", "perturb_into", "accumulate_"]
+
+
+def test_no_random_state_is_touched_and_grad_is_off():
+    layer = layer_of()
+    before = torch.random.get_rng_state()
+    zo_step(layer, 1, 1e-3, 1e-3, closure=lambda: loss_of(layer) * (not torch.is_grad_enabled()))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_weights_written_by_others_are_adopted(dtype):
+    w = nn.Parameter(torch.randn(100).to(dtype))
+    writes = [
+        lambda: w.data.mul_(2),
+        lambda: w.detach().add_(1),
+        lambda: w.data.__setitem__(slice(3), 7),
+    ]
+    for write in writes:
+        zo_step(w, 1, 1e-2, 1e-2, closure=lambda: w.float().sum())
+        write()
+        now = w.detach().clone()
+        zo_step(w, 2, 1e-2, 0.0, closure=lambda: 0.0)
+        assert_same_bits(w.detach(), now)
+
+
+def test_putting_the_old_weights_back_forgets_the_hidden_digits():
+    start = torch.randn(500).bfloat16()
+    w, results = start.clone(), []
+    for _ in range(2):
+        w.copy_(start)
+        for seed in range(3):
+            zo_step(w, seed, 1e-2, 1e-6, closure=lambda: w.float().sum())
+        results.append(
+            next(
+                e.master.clone()
+                for e in _entries.values()
+                if e.seen() is not None and e.seen().data_ptr() == w.data_ptr()
+            )
+        )
+    assert_same_bits(results[0], results[1])
+
+
+def test_views_and_data_keep_their_master():
+    w = nn.Parameter(torch.ones(300, dtype=torch.bfloat16))
+    twin = torch.ones(300, dtype=torch.bfloat16)
+    for seed in range(60):
+        zo_step(w.data, seed, 1e-3, 1e-5, closure=lambda: w.float().sum())
+        zo_step(twin, seed, 1e-3, 1e-5, closure=lambda: twin.float().sum())
+    assert_same_bits(w.detach(), twin)
+    assert (twin != 1).any()
+
+
+def test_masters_of_dead_tensors_are_dropped():
+    w = torch.randn(64)
+    zo_step(w, 1, 1e-3, 1e-3, closure=lambda: 0.0)
+    count = len(_entries)
+    del w
+    other = torch.randn(65)
+    zo_step(other, 1, 1e-3, 1e-3, closure=lambda: 0.0)
+    assert len(_entries) <= count
+
+
+def test_strided_tied_and_inference_tensors():
+    base = torch.randn(20, 30).bfloat16()
+    view = base.t()[3:9]
+    before = base.clone()
+    zo_step(view, 1, 1e-2, 0.1, closure=lambda: view.float().square().sum())
+    assert not torch.equal(view, before.t()[3:9])
+    untouched = torch.ones_like(base, dtype=torch.bool)
+    untouched.t()[3:9] = False
+    assert torch.equal(base[untouched], before[untouched])
+
+    tied = nn.Module()
+    tied.a = nn.Linear(4, 4, bias=False)
+    tied.b = nn.Linear(4, 4, bias=False)
+    tied.b.weight = tied.a.weight
+    seen = []
+    zo_step(tied, 1, 1.0, 0.0, closure=lambda: seen.append(tied.a.weight.detach().clone()) or 0.0)
+    assert_same_bits(seen[0], tied.a.weight.detach() + gaussian((4, 4), 1))
+
+    with torch.inference_mode():
+        inference = torch.randn(10)
+        kept = inference.clone()
+        zo_step(inference, 1, 1e-2, 0.0, closure=lambda: 0.0)
+        zo_step(inference, 1, 1e-2, 0.1, closure=lambda: inference.sum())
+    assert not torch.equal(inference, kept)
+
+
+def test_what_cannot_be_tuned_is_refused_by_name():
+    mixed = layer_of()
+    mixed.register_parameter(
+        "packed", nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    )
+    with pytest.raises(TypeError, match=r"packed has dtype torch\.uint8"):
+        zo_step(mixed, 1, 1e-3, 1e-3)
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        zo_step(nn.Linear(2, 2, device="meta"), 1, 1e-3, 1e-3)
+    with pytest.raises(TypeError, match=r"the tensor has dtype torch\.float64"):
+        zo_step(torch.zeros(3, dtype=torch.float64), 1, 1e-3, 1e-3)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        zo_step(nn.Linear(2, 2).requires_grad_(False), 1, 1e-3, 1e-3)
+    w = torch.zeros(10)
+    with pytest.raises(ValueError, match="tensor 0 and tensor 1 share memory"):
+        zo_step([w[:6], w[5:]], 1, 1e-3, 1e-3)
+    with pytest.raises(ValueError, match="elements of the tensor share memory"):
+        zo_step(torch.zeros(1).expand(4), 1, 1e-3, 1e-3)
+    with pytest.raises(ValueError, match="not finite"):
+        zo_step(torch.tensor([1.0, float("nan")]), 1, 1e-3, 1e-3)
+    with pytest.raises(TypeError, match="item 1 of the layer is a str"):
+        zo_step([w, "weight"], 1, 1e-3, 1e-3)
+    with pytest.raises(TypeError, match="layer is a int"):
+        zo_step(3, 1, 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((1, 0.0, 1e-3), "eps must be finite and > 0, not 0.0"),
+        ((1, -1e-3, 1e-3), "eps must be"),
+        ((1, float("nan"), 1e-3), "eps must be"),
+        ((1, 1e-3, float("inf")), "lr must be"),
+        ((1, 1e-3, -1.0), "lr must be finite and >= 0, not -1.0"),
+        ((-1, 1e-3, 1e-3), "seed must be"),
+    ],
+)
+def test_bad_numbers_are_refused(numbers, message):
+    w = torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        zo_step(w, *numbers, closure=lambda: 0.0)
+    assert torch.equal(w, torch.ones(3))
+    with pytest.raises(ValueError, match="directions"):
+        zo_step(w, 1, 1e-3, 1e-3, directions=0)
+
+
+def test_steps_do_not_nest_and_are_taken_once():
+    w = torch.ones(5)
+    step = zo_step(w, 1, 1e-3, 1e-3)
+    with step.plus():
+        for use in (lambda: zo_step(w, 2, 1e-3, 1e-3), lambda: step.update(1.0, 2.0)):
+            with pytest.raises(RuntimeError, match="perturbed by an open step"):
+                use()
+        with pytest.raises(RuntimeError, match="perturbed"), step.minus():
+            pass
+    assert torch.equal(w, torch.ones(5))
+    step.update(1.0, 0.5)
+    with pytest.raises(RuntimeError, match="taken already"):
+        step.update(1.0, 0.5)
+    with pytest.raises(ValueError, match="2 and 1 losses for 1 directions"):
+        zo_step(w, 1, 1e-3, 1e-3).update([1.0, 2.0], 1.0)
+    with pytest.raises(ValueError, match="direction must be in"), step.plus(1):
+        pass
+
+
+def test_a_step_works_in_a_thread():
+    layer, done = layer_of(), []
+    worker = threading.Thread(
+        target=lambda: done.append(zo_step(layer, 1, 1e-3, 1e-3, closure=lambda: loss_of(layer)))
+    )
+    worker.start()
+    worker.join()
+    assert done[0].applied
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of each block of memory that torch's operators returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.blocks[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
+        return out
+
+
+def test_memory_beyond_the_model_is_the_master_and_less_than_a_megabyte():
+    w = torch.randn(3_000_000).bfloat16()
+    tracemalloc.start()
+    with Allocations() as allocations:
+        zo_step(w, 1, 1e-3, 1e-3, closure=lambda: 0.0)
+    _, python_peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del allocations.blocks[w.data_ptr()]
+    master, *rest = sorted(allocations.blocks.values(), reverse=True)
+    assert master == 4 * w.numel()
+    assert max(rest) + python_peak < 1 << 20
+
+
+def test_bits_helper_sees_a_flipped_sign_of_zero():
+    assert not torch.equal(bits(torch.tensor([0.0])), bits(torch.tensor([-0.0])))
