@@ -32,12 +32,6 @@ struct Magnitude<2> {
   static constexpr Int kMask = 0x7fff;
 };
 
-struct LaneSums {
-  double s[4][kWidth];
-  int32_t largest[kWidth];  // bits of the largest |x|
-  int32_t row[kWidth];      // and the first row that holds it
-};
-
 // A pair of vectors in whatever order is cheapest, and which element each lane then holds.
 template <DType dtype>
 DLZO_INLINE Pair load_any_order(const char* x) {
@@ -63,60 +57,88 @@ DLZO_INLINE void to_float32(const char* x, int64_t count, float* values) {
   }
 }
 
-// Power sums of `rows` rows of kWidth values, `step` bytes apart, each lane about its own pivot.
+// What the lanes add up to, in element order.
+struct LaneSums {
+  double s[4][kWidth];
+  int32_t largest[kWidth];  // bits of the largest |x|
+  int32_t row[kWidth];      // and the first row that holds it
+};
+
+// Power sums and maxima of rows of kWidth values, each lane about its own pivot.
 template <DType dtype>
-static LaneSums sweep(const char* x, int64_t rows, int64_t step, const float (&pivot)[kWidth]) {
-  using M = Magnitude<size_of(dtype)>;
-  using Int = typename M::Int;
+class Sweep {
+  using Int = typename Magnitude<size_of(dtype)>::Int;
   typedef Int Bits __attribute__((vector_size(4 * kLanes)));
-  constexpr int kBitsLanes = sizeof(Bits) / sizeof(Int);
-  LaneSums sums = {};
-  for (int p = 0; p < kPairs; p++) {
-    const int first = p * 2 * kLanes;  // element of the pair's lane 0
-    F32 centre[2];
-    for (int i = 0; i < 2; i++)
-      for (int lane = 0; lane < kLanes; lane++)
-        centre[i][lane] = pivot[first + element_of<dtype>(i, lane)];
-    double total[4][2][kLanes] = {};
-    Bits largest[M::kVectors], row[M::kVectors] = {};
-    for (int i = 0; i < M::kVectors; i++) largest[i] = Bits{} - (Int)1;  // below the bits of zero
-    for (int64_t begin = 0; begin < rows; begin += kBlock) {
-      const int64_t end = begin + kBlock < rows ? begin + kBlock : rows;
-      F32 s[4][2] = {};
-      for (int64_t r = begin; r < end; r++) {
-        const char* at = x + r * step + first * size_of(dtype);
-        __builtin_prefetch(at + kPivotRows * step);  // a stride of rows is beyond the hardware's
-        const Pair value = load_any_order<dtype>(at);
-        for (int i = 0; i < 2; i++) {
-          const F32 d = value.v[i] - centre[i], square = d * d;
-          s[0][i] += d;
-          s[1][i] += square;
-          s[2][i] = fused_multiply_add(square, d, s[2][i]);
-          s[3][i] = fused_multiply_add(square, square, s[3][i]);
-        }
-        for (int i = 0; i < M::kVectors; i++) {
-          const Bits magnitude = load<Bits>(at + i * (int64_t)sizeof(Bits)) & M::kMask;
-          const auto larger = magnitude > largest[i];
-          largest[i] = larger ? magnitude : largest[i];
-          row[i] = larger ? Bits{} + (Int)r : row[i];
-        }
-      }
-      for (int k = 0; k < 4; k++)
-        for (int i = 0; i < 2; i++)
-          for (int lane = 0; lane < kLanes; lane++) total[k][i][lane] += (double)s[k][i][lane];
-    }
-    for (int k = 0; k < 4; k++)
+  static constexpr int kVectors = Magnitude<size_of(dtype)>::kVectors;
+  static constexpr int kBitsLanes = sizeof(Bits) / sizeof(Int);
+
+ public:
+  __attribute__((always_inline)) explicit Sweep(const float* pivots) {
+    for (int p = 0; p < kPairs; p++) {
       for (int i = 0; i < 2; i++)
         for (int lane = 0; lane < kLanes; lane++)
-          sums.s[k][first + element_of<dtype>(i, lane)] = total[k][i][lane];
-    for (int i = 0; i < M::kVectors; i++)
-      for (int lane = 0; lane < kBitsLanes; lane++) {
-        sums.largest[first + i * kBitsLanes + lane] = largest[i][lane];
-        sums.row[first + i * kBitsLanes + lane] = row[i][lane];
-      }
+          pivot_[p][i][lane] = pivots[p * 2 * kLanes + element_of<dtype>(i, lane)];
+      for (int i = 0; i < kVectors; i++) largest_[p][i] = Bits{} - (Int)1;  // below zero's bits
+    }
   }
-  return sums;
-}
+
+  // Adds rows [begin, end), row r lying `step` r bytes from x.
+  __attribute__((always_inline)) void add(const char* x, int64_t begin, int64_t end, int64_t step) {
+    for (; begin < end; begin += kBlock)
+      for (int p = 0; p < kPairs; p++)
+        add_block(p, x, begin, begin + kBlock < end ? begin + kBlock : end, step);
+  }
+
+  __attribute__((always_inline)) void finish(LaneSums* sums) const {
+    for (int p = 0; p < kPairs; p++) {
+      const int first = p * 2 * kLanes;
+      for (int k = 0; k < 4; k++)
+        for (int i = 0; i < 2; i++)
+          for (int lane = 0; lane < kLanes; lane++)
+            sums->s[k][first + element_of<dtype>(i, lane)] = total_[p][k][i][lane];
+      for (int i = 0; i < kVectors; i++)
+        for (int lane = 0; lane < kBitsLanes; lane++) {
+          sums->largest[first + i * kBitsLanes + lane] = largest_[p][i][lane];
+          sums->row[first + i * kBitsLanes + lane] = row_[p][i][lane];
+        }
+    }
+  }
+
+ private:
+  __attribute__((always_inline)) void add_block(int p, const char* x, int64_t begin, int64_t end,
+                                                int64_t step) {
+    F32 s[4][2] = {};
+    const F32 pivot[2] = {pivot_[p][0], pivot_[p][1]};
+    Bits largest[kVectors], row[kVectors];
+    for (int i = 0; i < kVectors; i++) largest[i] = largest_[p][i], row[i] = row_[p][i];
+    for (int64_t r = begin; r < end; r++) {
+      const char* at = x + r * step + p * 2 * kLanes * size_of(dtype);
+      const Pair value = load_any_order<dtype>(at);
+      for (int i = 0; i < 2; i++) {
+        const F32 d = value.v[i] - pivot[i], square = d * d;
+        s[0][i] += d;
+        s[1][i] += square;
+        s[2][i] = fused_multiply_add(square, d, s[2][i]);
+        s[3][i] = fused_multiply_add(square, square, s[3][i]);
+      }
+      for (int i = 0; i < kVectors; i++) {
+        const Bits magnitude =
+            load<Bits>(at + i * (int64_t)sizeof(Bits)) & Magnitude<size_of(dtype)>::kMask;
+        const auto larger = magnitude > largest[i];
+        largest[i] = larger ? magnitude : largest[i];
+        row[i] = larger ? Bits{} + (Int)r : row[i];
+      }
+    }
+    for (int i = 0; i < kVectors; i++) largest_[p][i] = largest[i], row_[p][i] = row[i];
+    for (int k = 0; k < 4; k++)
+      for (int i = 0; i < 2; i++)
+        for (int lane = 0; lane < kLanes; lane++) total_[p][k][i][lane] += (double)s[k][i][lane];
+  }
+
+  F32 pivot_[kPairs][2];
+  double total_[kPairs][4][2][kLanes] = {};
+  Bits largest_[kPairs][kVectors], row_[kPairs][kVectors] = {};
+};
 
 // Whether d about the pivot loses digits: its mean is more than half a standard deviation off.
 DLZO_INLINE bool is_poor(double count, const double (&s)[4]) {
@@ -132,46 +154,83 @@ DLZO_INLINE double scale_for(float largest) {
   return __builtin_ldexp(1.0, -exponent);
 }
 
-// About the mean of the first values, which a constant segment equals exactly.
-DLZO_INLINE float first_pivot(const float* values, int64_t count, int64_t step) {
-  double sum = 0;
-  for (int64_t i = 1; i < count; i++) sum += (double)values[i * step] - (double)values[0];
-  return (float)(values[0] + sum / (double)count);
+// Each lane's mean of the first rows, which equals a constant exactly.
+DLZO_INLINE void first_pivots(const float (*values)[kWidth], int64_t rows, float* pivots) {
+  double sum[kWidth] = {};
+  for (int64_t r = 1; r < rows; r++)
+    for (int lane = 0; lane < kWidth; lane++)
+      sum[lane] += (double)values[r][lane] - (double)values[0][lane];
+  for (int lane = 0; lane < kWidth; lane++)
+    pivots[lane] = (float)(values[0][lane] + sum[lane] / (double)rows);
 }
 
-// The sums of a run of `count` values about one pivot, its lanes added up in order.
+// The mean of the first `count` values, by halves; a constant comes out exactly.
+DLZO_INLINE float first_pivot(const float* values, int64_t count) {
+  double sum[kWidth];
+  for (int lane = 0; lane < kWidth; lane++)
+    sum[lane] = lane < count ? (double)values[lane] - (double)values[0] : 0;
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; lane++) sum[lane] += sum[lane + half];
+  return (float)(values[0] + sum[0] / (double)count);
+}
+
+// Adds up the first `lanes` lanes by halves, and finds the first position of the largest |x|,
+// counted from `offset`.
+DLZO_INLINE void reduce(LaneSums* sums, int64_t lanes, int64_t offset, double (&s)[4],
+                        int32_t* largest, int64_t* position) {
+  for (int64_t lane = lanes; lane < kWidth; lane++) {
+    for (int k = 0; k < 4; k++) sums->s[k][lane] = 0;
+    sums->largest[lane] = -1;
+  }
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int k = 0; k < 4; k++)
+      for (int lane = 0; lane < half; lane++) sums->s[k][lane] += sums->s[k][lane + half];
+  for (int k = 0; k < 4; k++) s[k] += sums->s[k][0];
+  int32_t best = -1, first = INT32_MAX;
+  for (int lane = 0; lane < kWidth; lane++)
+    best = sums->largest[lane] > best ? sums->largest[lane] : best;
+  for (int lane = 0; lane < kWidth; lane++) {
+    const int32_t at = sums->row[lane] * kWidth + lane;
+    first = sums->largest[lane] == best && at < first ? at : first;
+  }
+  if (best > *largest) *largest = best, *position = offset + first;
+}
+
+// The sums of a run of `count` values about one pivot, and the first position of the largest |x|.
 template <DType dtype>
-static void run_sums(const char* x, int64_t count, float pivot, double (&s)[4], int64_t* argmax) {
+static int64_t run_sums(const char* x, int64_t count, float pivot, double (&s)[4]) {
   float pivots[kWidth];
   for (int lane = 0; lane < kWidth; lane++) pivots[lane] = pivot;
-  const int64_t rows = count / kWidth, tail = count % kWidth;
-  alignas(64) char stage[kWidth * 4] = {};
-  memcpy(stage, x + rows * kWidth * size_of(dtype), (size_t)(tail * size_of(dtype)));
-  const LaneSums parts[2] = {sweep<dtype>(x, rows, kWidth * size_of(dtype), pivots),
-                             sweep<dtype>(stage, 1, 0, pivots)};
+  const int64_t rows = count / kWidth, tail = count % kWidth, step = kWidth * size_of(dtype);
   int32_t largest = -1;
+  int64_t position = 0;
   for (int k = 0; k < 4; k++) s[k] = 0;
-  for (int part = 0; part < 2; part++)
-    for (int lane = 0; lane < (part == 0 ? kWidth : tail); lane++) {
-      for (int k = 0; k < 4; k++) s[k] += parts[part].s[k][lane];
-      const int64_t at = (parts[part].row[lane] + part * rows) * kWidth + lane;
-      const int32_t magnitude = parts[part].largest[lane];
-      if (magnitude > largest || (magnitude == largest && at < *argmax)) {
-        largest = magnitude;
-        *argmax = at;
-      }
-    }
+  LaneSums lanes;
+  if (rows > 0) {
+    Sweep<dtype> sweep(pivots);
+    sweep.add(x, 0, rows, step);
+    sweep.finish(&lanes);
+    reduce(&lanes, kWidth, 0, s, &largest, &position);
+  }
+  if (tail > 0) {
+    alignas(64) char stage[kWidth * 4] = {};
+    memcpy(stage, x + rows * step, (size_t)(tail * size_of(dtype)));
+    Sweep<dtype> sweep(pivots);
+    sweep.add(stage, 0, 1, step);
+    sweep.finish(&lanes);
+    reduce(&lanes, tail, rows * kWidth, s, &largest, &position);
+  }
+  return position;
 }
 
 template <DType dtype>
 static Moments run_moments(const char* x, int64_t count) {
   double s[4];
-  int64_t argmax = 0;
   float values[kWidth];
   const int64_t first = count < kWidth ? count : kWidth;
   to_float32<dtype>(x, first, values);
-  float pivot = first_pivot(values, first, 1);
-  run_sums<dtype>(x, count, pivot, s, &argmax);
+  float pivot = first_pivot(values, first);
+  const int64_t argmax = run_sums<dtype>(x, count, pivot, s);
   to_float32<dtype>(x + argmax * size_of(dtype), 1, values);
   const float absmax = __builtin_fabsf(values[0]);
   const double scale = scale_for(absmax);
@@ -189,7 +248,7 @@ static Moments run_moments(const char* x, int64_t count) {
   } else {
     if (is_poor((double)count, s)) {
       pivot = (float)(pivot + s[0] / (double)count);
-      run_sums<dtype>(x, count, pivot, s, &argmax);
+      run_sums<dtype>(x, count, pivot, s);
     }
     result = central(count, s, pivot);
   }
@@ -198,47 +257,84 @@ static Moments run_moments(const char* x, int64_t count) {
   return result;
 }
 
-// kWidth channels (or the `width` that there are) over at most kSegmentRows rows.
+// A column of a tile as a run: the way of the rare one whose powers need a scale.
 template <DType dtype>
-static void tile_moments(const char* x, int64_t rows, int64_t step, int width, Moments* result) {
-  alignas(64) char stage[kSegmentRows * kWidth * 4];
-  if (width < kWidth) {
-    memset(stage, 0, sizeof stage);
-    for (int64_t r = 0; r < rows; r++)
-      memcpy(stage + r * kWidth * size_of(dtype), x + r * step, (size_t)(width * size_of(dtype)));
-    x = stage, step = kWidth * size_of(dtype);
-  }
-  const int64_t first = rows < kPivotRows ? rows : kPivotRows;
-  float values[kPivotRows][kWidth], pivots[kWidth];
-  for (int64_t r = 0; r < first; r++) to_float32<dtype>(x + r * step, kWidth, values[r]);
-  for (int lane = 0; lane < kWidth; lane++)
-    pivots[lane] = first_pivot(&values[0][lane], first, kWidth);
-  LaneSums sums = sweep<dtype>(x, rows, step, pivots);
-  bool again = false;
+static Moments column_moments(const char* x, int64_t rows, int64_t step) {
+  alignas(64) char column[kSegmentRows * 4];
+  for (int64_t r = 0; r < rows; r++)
+    memcpy(column + r * size_of(dtype), x + r * step, (size_t)size_of(dtype));
+  return run_moments<dtype>(column, rows);
+}
+
+// Moments of the first `width` lanes of a tile from its sums. False where some are poor: their
+// pivots are then better ones, for another sweep.
+template <DType dtype>
+static bool tile_moments(const char* x, int64_t rows, int64_t step, int width, const LaneSums& sums,
+                         float* pivots, Moments* result) {
+  bool good = true;
   for (int lane = 0; lane < width; lane++) {
     const double s[4] = {sums.s[0][lane], sums.s[1][lane], sums.s[2][lane], sums.s[3][lane]};
-    if (!is_poor((double)rows, s)) continue;
-    pivots[lane] = (float)(pivots[lane] + s[0] / (double)rows);
-    again = true;
-  }
-  if (again) sums = sweep<dtype>(x, rows, step, pivots);
-  for (int lane = 0; lane < width; lane++) {
-    const double s[4] = {sums.s[0][lane], sums.s[1][lane], sums.s[2][lane], sums.s[3][lane]};
-    const char* largest = x + sums.row[lane] * step + lane * size_of(dtype);
     float value[kWidth];
-    to_float32<dtype>(largest, 1, value);
+    const char* column = x + lane * size_of(dtype);
+    to_float32<dtype>(column + sums.row[lane] * step, 1, value);
     const float absmax = __builtin_fabsf(value[0]);
-    if (scale_for(absmax) != 1) {  // rare: gather the column and let the run's path scale it
-      alignas(64) char column[kSegmentRows * 4];
-      for (int64_t r = 0; r < rows; r++)
-        memcpy(column + r * size_of(dtype), x + r * step + lane * size_of(dtype),
-               (size_t)size_of(dtype));
-      result[lane] = run_moments<dtype>(column, rows);
+    if (scale_for(absmax) != 1) {
+      result[lane] = column_moments<dtype>(column, rows, step);
       continue;
     }
     result[lane] = central(rows, s, pivots[lane]);
     result[lane].argmax = sums.row[lane];
     result[lane].absmax = absmax;
+    if (!is_poor((double)rows, s)) continue;
+    pivots[lane] = (float)result[lane].mean;
+    good = false;
+  }
+  return good;
+}
+
+// Tiles of kWidth channels side by side over the same rows, in blocks of rows: memory is read along
+// the rows, a page at a time.
+template <DType dtype>
+static void tiles_moments(const char* x, int64_t rows, int64_t step, int channels,
+                          Moments* result) {
+  constexpr int64_t kTile = kWidth * size_of(dtype);
+  alignas(64) char stage[kSegmentRows * kTile];
+  const int tiles = channels / kWidth, tail = channels % kWidth;
+  const int64_t first = rows < kPivotRows ? rows : kPivotRows;
+  const char* data[kTiles];
+  int64_t steps[kTiles];
+  float pivots[kTiles][kWidth];
+  alignas(64) char sweeps[kTiles][sizeof(Sweep<dtype>)];
+  const auto sweep_of = [&](int t) { return reinterpret_cast<Sweep<dtype>*>(sweeps[t]); };
+  const int all = tiles + (tail > 0);
+  for (int t = 0; t < all; t++) {
+    data[t] = x + t * kTile, steps[t] = step;
+    if (t == tiles) {  // the last channels, in a tile of their own that zeros fill up
+      memset(stage, 0, sizeof stage);
+      for (int64_t r = 0; r < rows; r++)
+        memcpy(stage + r * kTile, x + t * kTile + r * step, (size_t)(tail * size_of(dtype)));
+      data[t] = stage, steps[t] = kTile;
+    }
+    float values[kPivotRows][kWidth];
+    for (int64_t r = 0; r < first; r++)
+      to_float32<dtype>(data[t] + r * steps[t], kWidth, values[r]);
+    first_pivots(values, first, pivots[t]);
+    const Sweep<dtype> fresh(pivots[t]);
+    memcpy(sweeps[t], &fresh, sizeof fresh);
+  }
+  for (int64_t begin = 0; begin < rows; begin += kBlock)
+    for (int t = 0; t < all; t++)
+      sweep_of(t)->add(data[t], begin, begin + kBlock < rows ? begin + kBlock : rows, steps[t]);
+  for (int t = 0; t < all; t++) {
+    const int width = t < tiles ? kWidth : tail;
+    LaneSums lanes;
+    sweep_of(t)->finish(&lanes);
+    Moments* out = result + t * kWidth;
+    if (tile_moments<dtype>(data[t], rows, steps[t], width, lanes, pivots[t], out)) continue;
+    Sweep<dtype> again(pivots[t]);
+    again.add(data[t], 0, rows, steps[t]);
+    again.finish(&lanes);
+    tile_moments<dtype>(data[t], rows, steps[t], width, lanes, pivots[t], out);
   }
 }
 
@@ -253,15 +349,15 @@ Moments moments(const char* x, DType dtype, int64_t count) {
   }
 }
 
-void channel_moments(const char* x, DType dtype, int64_t rows, int64_t step, int width,
+void channel_moments(const char* x, DType dtype, int64_t rows, int64_t step, int channels,
                      Moments* result) {
   switch (dtype) {
     case DType::kFloat32:
-      return tile_moments<DType::kFloat32>(x, rows, step, width, result);
+      return tiles_moments<DType::kFloat32>(x, rows, step, channels, result);
     case DType::kBFloat16:
-      return tile_moments<DType::kBFloat16>(x, rows, step, width, result);
+      return tiles_moments<DType::kBFloat16>(x, rows, step, channels, result);
     default:
-      return tile_moments<DType::kFloat16>(x, rows, step, width, result);
+      return tiles_moments<DType::kFloat16>(x, rows, step, channels, result);
   }
 }
 

@@ -10,7 +10,8 @@ namespace dlzo {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // elements that stay in the L1 cache while they are worked on
-constexpr int64_t kMinParallel = 8192;  // elements that are worth a thread
+// Elements that are worth a thread: waking one costs some microseconds, far more on a busy machine.
+constexpr int64_t kMinNoise = 1 << 15, kMinStats = 1 << 18;
 
 int64_t product(const std::vector<int64_t>& sizes) {
   int64_t result = 1;
@@ -75,7 +76,7 @@ void for_each_run(const View& out, const View& base, Base use, Numbering numberi
   const int64_t chunks_per_row = (columns + kChunk - 1) / kChunk;
   const int64_t chunks = total / columns * chunks_per_row;
   const int64_t chunk_size = std::min(columns, kChunk);
-  const int64_t grain = (kMinParallel + chunk_size - 1) / chunk_size;
+  const int64_t grain = (kMinNoise + chunk_size - 1) / chunk_size;
   parallel_for(chunks, grain, threads, [&](int64_t begin, int64_t end) {
     alignas(64) char buffers[2][kChunk * 4];
     for (int64_t chunk = begin; chunk < end; chunk++) {
@@ -101,7 +102,7 @@ Moments tensor_moments(const char* x, DType dtype, int64_t count, int threads) {
   const int64_t segments = (count + kSegment - 1) / kSegment;
   std::vector<Moments> parts(static_cast<size_t>(segments));
   const Kernels& isa = kernels();
-  parallel_for(segments, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(segments, kMinStats / kSegment, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       parts[static_cast<size_t>(i)] = isa.moments(x + i * kSegment * size_of(dtype), dtype,
                                                   std::min(count - i * kSegment, kSegment));
@@ -112,12 +113,12 @@ Moments tensor_moments(const char* x, DType dtype, int64_t count, int threads) {
   return result;
 }
 
-// The moments of `width` columns from `channel` on.
+// The moments of `width` channels from `channel` on, over all rows.
 void column_moments(const char* x, DType dtype, int64_t rows, int64_t channels, int64_t channel,
                     int width, Moments* result) {
   const int64_t step = channels * size_of(dtype);
   for (int64_t first = 0; first < rows; first += kSegmentRows) {
-    Moments part[kWidth];
+    Moments part[kTiles * kWidth];
     kernels().channel_moments(x + first * step + channel * size_of(dtype), dtype,
                               std::min(rows - first, kSegmentRows), step, width, part);
     for (int i = 0; i < width; i++) result[i] = combine(result[i], part[i], first);
@@ -178,17 +179,18 @@ void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels
     return write(out, 0, tensor_moments(x, dtype, rows * channels, threads));
   if (reduction == Reduction::kToken)
     return parallel_for(
-        rows, (kMinParallel + channels - 1) / channels, threads, [&](int64_t begin, int64_t end) {
+        rows, (kMinStats + channels - 1) / channels, threads, [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; r++)
             write(out, r, tensor_moments(x + r * channels * size_of(dtype), dtype, channels, 1));
         });
   const int64_t tiles = (channels + kWidth - 1) / kWidth;
-  const int64_t grain = (kMinParallel + rows * kWidth - 1) / (rows * kWidth);
+  const int64_t grain = (kMinStats + rows * kWidth - 1) / (rows * kWidth);
   parallel_for(tiles, grain, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; tile++) {
+    for (int64_t tile = begin; tile < end; tile += kTiles) {
       const int64_t channel = tile * kWidth;
-      const int width = static_cast<int>(std::min<int64_t>(kWidth, channels - channel));
-      Moments result[kWidth] = {};
+      const int64_t last = std::min(channels, std::min(end, tile + kTiles) * kWidth);
+      Moments result[kTiles * kWidth] = {};
+      const int width = static_cast<int>(last - channel);
       column_moments(x, dtype, rows, channels, channel, width, result);
       for (int i = 0; i < width; i++) write(out, channel + i, result[i]);
     }

@@ -13,6 +13,7 @@ namespace dlzo {
 constexpr int kWidth = 32;                           // lanes summed side by side
 constexpr int64_t kSegment = 16384;                  // values of a run about one pivot
 constexpr int64_t kSegmentRows = kSegment / kWidth;  // rows of a tile of kWidth channels
+constexpr int kTiles = 16;                           // tiles side by side, at most
 
 struct Kernels {
   void (*gaussian)(char* out, DType dtype, int64_t count, uint64_t index, Direction direction);
@@ -20,7 +21,7 @@ struct Kernels {
                   uint64_t index, Direction direction, float scale);
   void (*round_into)(char* out, DType out_dtype, const char* base, int64_t count);
   Moments (*moments)(const char* x, DType dtype, int64_t count);
-  void (*channel_moments)(const char* x, DType dtype, int64_t rows, int64_t step, int width,
+  void (*channel_moments)(const char* x, DType dtype, int64_t rows, int64_t step, int channels,
                           Moments* result);
 };
 

@@ -41,10 +41,11 @@ def assert_same_bits(got: Tensor, expected: Tensor) -> None:
 def store(values: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Float32 values rounded to dtype by the reference's rules."""
     if dtype is torch.bfloat16:
-        return torch.from_numpy(reference.to_bfloat16_bits(values).view(np.int16)).view(dtype)
+        raw = np.asarray(reference.to_bfloat16_bits(values))  # a scalar again where it was 0-d
+        return torch.from_numpy(raw.view(np.int16)).view(dtype)
     if dtype is torch.float16:
         with np.errstate(over="ignore"):
-            return torch.from_numpy(values.astype(np.float16))
+            return torch.from_numpy(np.asarray(values.astype(np.float16)))
     return torch.from_numpy(values)
 
 
@@ -68,4 +69,5 @@ def reference_perturb(
 ) -> Tensor:
     index = reference.element_index(tuple(base.shape), offset, row_stride)
     z = reference.gaussian(index, seed, stream, query)
-    return store(np.asarray(reference.perturb(to_float32(base), z, scale)), dtype)
+    with np.errstate(over="ignore"):
+        return store(np.asarray(reference.perturb(to_float32(base), z, scale)), dtype)

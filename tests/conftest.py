@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# Threads that spin while they wait stall each other where other programs hold the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Iterator
 
 import pytest

@@ -9,10 +9,10 @@ import tracemalloc
 
 import pytest
 import torch
-from bits import assert_same_bits, bits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bits import assert_same_bits, bits
 from dlzo_kernels import gaussian, zo_step
 from dlzo_kernels.step import _entries
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bits import VIEWS, assert_same_bits, weights
 
+from bits import VIEWS, assert_same_bits, weights
 from dlzo_kernels import accumulate_, perturb_
 
 SEEDS = [1, (1 << 64) - 1, 7, 7]

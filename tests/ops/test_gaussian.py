@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bits import assert_same_bits, bits, store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bits import assert_same_bits, bits, store
 from dlzo_kernels import gaussian, reference
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "noise_v1.json").read_text())

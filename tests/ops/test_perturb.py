@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import perturb_, perturb_into
 
 PER_ISA = settings(

@@ -1,0 +1,288 @@
+"""CPU kernels against torch and against the limits of the machine.
+
+    python benchmarks/kernels.py --out benchmarks/results/kernels.csv
+
+Ratios are of medians of runs that alternate inside this process; nothing else may be running. The
+limits (clock, memory bandwidth) are measured in the same rounds by limits.c, which needs `cc`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+import dlzo_kernels as dk
+from dlzo_kernels import _C
+
+LAYER = 3_540_096  # parameters of a decoder layer of SmolLM2-135M
+LARGE = 1 << 26  # values that no cache holds
+ROUNDS = 15
+# 512-bit instructions per normal, counted in the disassembly of the AVX-512 fill; a core of AMD's
+# Zen 4 begins two of them per cycle, as four pipes of 256 bits.
+INSTRUCTIONS_PER_NORMAL = 62.5 / 16
+INSTRUCTIONS_PER_CYCLE = 2
+
+Run = Callable[[], object]
+Times = dict[str, list[float]]
+
+
+def interleaved(runs: dict[str, Run]) -> Times:
+    """Seconds of ROUNDS runs of each, taken in turn after one to warm up."""
+    for run in runs.values():
+        run()
+    times: Times = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    before = _C.selected_isa()
+    _C.select_isa(name)
+    try:
+        yield
+    finally:
+        _C.select_isa(before)
+
+
+class Limits:
+    """limits.c, compiled for this machine."""
+
+    def __init__(self, folder: str) -> None:
+        library = f"{folder}/limits.so"
+        source = Path(__file__).with_name("limits.c")
+        command = ["cc", "-O3", "-march=native", "-w", "-shared", "-fPIC", "-o", library]
+        subprocess.run([*command, str(source)], check=True)
+        self._library = ctypes.CDLL(library)
+        self._library.clock_hz.restype = ctypes.c_double
+        self._library.read_all.restype = ctypes.c_uint64
+        self._library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+    def clock_hz(self) -> float:
+        return max(self._library.clock_hz() for _ in range(5))
+
+    def read(self, x: Tensor, count: int) -> None:
+        """Reads all of x on `count` threads."""
+        part = x.nbytes // count // 512 * 512
+        starts = [x.data_ptr() + i * part for i in range(count)]
+        if count == 1:
+            self._library.read_all(starts[0], part)
+            return
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda start: self._library.read_all(start, part), starts))
+
+
+class Results:
+    """Rows, printed as they come and written as CSV in the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, what: str, count: int, elements: int, times: list[float], **more: object) -> None:
+        low, _, high = (1e9 * q / elements for q in quantiles(times, n=4))
+        row = {
+            "what": what,
+            "threads": count,
+            "elements": elements,
+            "ns_per_element": f"{1e9 * median(times) / elements:.3f}",
+            "quartiles": f"{low:.3f}..{high:.3f}",
+            **more,
+        }
+        self.rows.append(row)
+        print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+
+    def write(self, path: Path, note: str) -> None:
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with path.open("w", newline="") as file:
+            file.write(f"# {note}\n")
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def ratio(times: Times, slow: str, fast: str) -> str:
+    return f"{median(times[slow]) / median(times[fast]):.2f}"
+
+
+def bench_noise(results: Results, limits: Limits) -> None:
+    """Filling float32 noise, one thread: torch and each ISA."""
+    z = torch.empty(LAYER)
+    names = [name for name, _, runs, _ in _C.isas() if runs]
+    runs: dict[str, Run] = {"torch normal_": lambda: z.normal_()}
+
+    def fill(name: str) -> None:
+        with isa(name):
+            dk.gaussian((LAYER,), 1)
+
+    for name in names:
+        runs[name] = lambda name=name: fill(name)
+    with threads(1):
+        times = interleaved(runs)
+        clock = limits.clock_hz()
+    results.add("torch normal_ float32", 1, LAYER, times["torch normal_"])
+    for name in names:
+        cycles = clock * median(times[name]) / LAYER
+        more: dict[str, object] = {"cycles": f"{cycles:.2f}", "ghz": f"{clock / 1e9:.2f}"}
+        if name == "avx512":
+            bound = INSTRUCTIONS_PER_NORMAL / INSTRUCTIONS_PER_CYCLE
+            more["share_of_issue_limit"] = f"{bound / cycles:.2f}"
+        more["speedup"] = ratio(times, "torch normal_", name)
+        results.add(f"gaussian float32 {name}", 1, LAYER, times[name], **more)
+
+
+def bench_perturb(results: Results) -> None:
+    """Perturbing weights, one thread, against MeZO's way: a normal tensor, scaled and added."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        w = torch.randn(LAYER).to(dtype)
+        master, out = torch.randn(LAYER), torch.empty(LAYER, dtype=dtype)
+
+        def mezo(w: Tensor = w) -> Tensor:
+            return w + torch.normal(mean=0.0, std=1.0, size=w.shape, dtype=w.dtype) * 1e-3
+
+        runs: dict[str, Run] = {
+            "mezo": mezo,
+            "perturb_": lambda w=w: dk.perturb_(w, 1, 1e-3),
+            "perturb_into": lambda out=out, master=master: dk.perturb_into(out, master, 1, 1e-3),
+        }
+        with threads(1):
+            times = interleaved(runs)
+        name = str(dtype).removeprefix("torch.")
+        results.add(f"MeZO's way {name}", 1, LAYER, times["mezo"])
+        for op in ("perturb_", "perturb_into"):
+            speedup = ratio(times, "mezo", op)
+            results.add(f"{op} {name}", 1, LAYER, times[op], speedup=speedup)
+
+
+def bench_threads(results: Results) -> None:
+    """Two threads against one, between torch operations that keep its pool awake."""
+    w, a = torch.randn(LAYER).bfloat16(), torch.randn(512, 512)
+
+    def run(count: int) -> None:
+        with threads(count):
+            dk.perturb_(w, 1, 1e-3)
+
+    def after_torch() -> None:
+        with threads(2):
+            dk.perturb_(w, 1, 1e-3)
+
+    times = interleaved({"one": lambda: run(1), "two": lambda: run(2)})
+    results.add("perturb_ bfloat16", 1, LAYER, times["one"])
+    results.add("perturb_ bfloat16", 2, LAYER, times["two"], speedup=ratio(times, "one", "two"))
+    with threads(2):
+        matmul = interleaved({"alone": lambda: a @ a, "mixed": lambda: (a @ a, after_torch())})
+    both = median(matmul["mixed"]) - median(matmul["alone"])
+    results.add("perturb_ bfloat16 after a matmul", 2, LAYER, [both] * 3)
+
+
+def bench_accumulate(results: Results) -> None:
+    """1,000 directions in one pass over a layer."""
+    master = torch.randn(LAYER)
+    seeds, scales = list(range(1000)), [1e-6] * 1000
+    for count in (1, 2):
+        with threads(count):
+            started = time.perf_counter()
+            dk.accumulate_(master, seeds, scales)
+            taken = time.perf_counter() - started
+        results.add("accumulate_ of 1,000 directions", count, LAYER * 1000, [taken] * 3)
+
+
+def bench_stats(results: Results, limits: Limits) -> None:
+    """Statistics in bfloat16 against a plain read of the same bytes."""
+    x = torch.randn(LARGE // 2048, 2048).bfloat16()
+    for count in (1, 2):
+        runs: dict[str, Run] = {"read": lambda count=count: limits.read(x, count)}
+        for per in ("tensor", "token", "channel"):
+            runs[per] = lambda per=per: dk.activation_stats(x, per=per)
+        with threads(count):
+            times = interleaved(runs)
+        bandwidth = x.nbytes / median(times["read"]) / 1e9
+        results.add("plain read", count, LARGE, times["read"], gb_per_s=f"{bandwidth:.1f}")
+        for per in ("tensor", "token", "channel"):
+            share = ratio(times, "read", per)
+            results.add(
+                f"activation_stats bfloat16 per {per}",
+                count,
+                LARGE,
+                times[per],
+                gb_per_s=f"{x.nbytes / median(times[per]) / 1e9:.1f}",
+                share_of_read=share,
+            )
+
+
+def bench_calls(results: Results) -> None:
+    """The cost of a call on a small tensor."""
+    w, out = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
+    calls: dict[str, Run] = {
+        "gaussian": lambda: dk.gaussian((64,), 1),
+        "perturb_": lambda: dk.perturb_(w, 1, 1e-3),
+        "perturb_into": lambda: dk.perturb_into(out, w, 1, 1e-3),
+        "accumulate_": lambda: dk.accumulate_(w, [1], [1e-3]),
+        "activation_stats": lambda: dk.activation_stats(w),
+    }
+
+    def repeat(call: Run) -> None:
+        for _ in range(2000):
+            call()
+
+    times = interleaved({name: lambda call=call: repeat(call) for name, call in calls.items()})
+    for name in calls:
+        microseconds = 1e6 * median(times[name]) / 2000
+        results.add(f"one call of {name}", torch.get_num_threads(), 64 * 2000, times[name],
+                    us_per_call=f"{microseconds:.1f}")  # fmt: skip
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("model name", "CPU part")):
+            return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.csv"))
+    out = parser.parse_args().out
+    results = Results()
+    with tempfile.TemporaryDirectory() as folder:
+        limits = Limits(folder)
+        bench_noise(results, limits)
+        bench_perturb(results)
+        bench_threads(results)
+        bench_accumulate(results)
+        bench_stats(results, limits)
+        bench_calls(results)
+    command = f"python benchmarks/kernels.py --out {out}"
+    machine = f"{processor()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
+    results.write(out, f"{date.today()}; {machine}; {command}")
+
+
+if __name__ == "__main__":
+    main()

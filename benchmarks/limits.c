@@ -1,0 +1,33 @@
+// The machine's own limits, measured beside the kernels: benchmarks/kernels.py compiles this file.
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Core cycles per second: a chain of additions, of one cycle each.
+double clock_hz(void) {
+  const long count = 50000000;
+  const double start = now();
+  uint64_t x = 0;
+  for (long i = 0; i < count; i += 10)
+    for (int j = 0; j < 10; j++) __asm__ volatile("add $1, %0" : "+r"(x));
+  return (double)count / (now() - start);
+}
+
+// Reads `bytes` bytes, a multiple of 512, and gives what they add up to.
+uint64_t read_all(const void* data, size_t bytes) {
+  typedef uint64_t Vector __attribute__((vector_size(64)));
+  const Vector* v = (const Vector*)data;
+  Vector sum[8] = {{0}};
+  for (size_t i = 0; i < bytes / 64; i += 8)
+    for (int j = 0; j < 8; j++) sum[j] += v[i + (size_t)j];
+  uint64_t total = 0;
+  for (int j = 0; j < 8; j++)
+    for (int k = 0; k < 8; k++) total += sum[j][k];
+  return total;
+}

@@ -1,0 +1,20 @@
+"""Forward-only fine-tuning of one decoder layer: probe, score, train, evaluate."""
+
+from dlzo import probe
+from dlzo.adapter import load_adapter
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers, load_model
+from dlzo.trainer import TrainConfig, evaluate, train
+from dlzo_kernels import __version__
+
+__all__ = [
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "decoder_layers",
+    "evaluate",
+    "load_adapter",
+    "load_model",
+    "probe",
+    "train",
+]

@@ -1,0 +1,39 @@
+"""Texts to run through a model that is probed."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from dlzo.errors import UserError
+
+
+def calibration_texts() -> list[str]:
+    """The built-in texts: short paragraphs of many kinds."""
+    return _paragraphs(files("dlzo").joinpath("data/calibration.txt").read_text("utf-8"))
+
+
+def read_texts(path: Path) -> list[str]:
+    """The paragraphs of a UTF-8 text file, which are separated by blank lines.
+
+    Raises:
+        UserError: the file is missing, is not UTF-8, or holds no text.
+    """
+    try:
+        texts = _paragraphs(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"texts {path} cannot be read ({error.strerror}): give a text file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"texts {path} is not UTF-8 (byte {error.start}): save it as UTF-8"
+        ) from error
+    if not texts:
+        raise UserError(f"texts {path} is empty: write paragraphs separated by blank lines")
+    return texts
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]

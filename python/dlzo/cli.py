@@ -1,0 +1,252 @@
+"""The command `dlzo`: probe, train, eval, demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from dlzo.adapter import load_adapter
+from dlzo.calibration import read_texts
+from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
+from dlzo.errors import UserError
+from dlzo.files import replace_file
+from dlzo.models import load_model, parse_dtype
+from dlzo.plots import plot_history, plot_probe
+from dlzo.probe import probe
+from dlzo.tasks import Split
+from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, evaluate, train
+
+app = typer.Typer(
+    help="Fine-tune language models with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+_DEFAULTS = TrainConfig("sst2")
+_NEXT = """What to try next:
+  dlzo eval smollm2 --adapter {out} --task sst2 --data DIR    the tuned layer on your sentences
+  dlzo train smollm2 --task sst2 --data DIR --out mine        your own train, validation, test.jsonl
+  dlzo probe MODEL --plot layers.png                          the dominant layer of another model"""
+
+Model = Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or 'smollm2'.")]
+Task = Annotated[str, typer.Option(help="The task, such as sst2.")]
+Data = Annotated[Path, typer.Option(help="Folder of train, validation and test.jsonl.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw the result: a .png or .svg file.")]
+
+
+@app.command("probe")
+def probe_command(
+    model: Model,
+    text: Annotated[Path | None, typer.Option(help="Texts to read, one a paragraph.")] = None,
+    dtype: Dtype = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    plot: Plot = None,
+) -> None:
+    """Find the dominant layer of a model by forward passes."""
+    texts = None if text is None else read_texts(text)
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    report = probe(loaded, tokenizer, texts)
+    console.print(report.table())
+    if json_file is not None:
+        _write_json(json_file, report.to_json())
+    if plot is not None:
+        plot_probe(report, plot)
+
+
+@app.command("train")
+def train_command(
+    model: Model,
+    task: Task,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the result.")],
+    method: Annotated[str, typer.Option(help="How to tune.")] = _DEFAULTS.method,
+    layer: Annotated[str, typer.Option(help="Decoder layer, 'auto' to probe for it.")] = "auto",
+    steps: Annotated[int, typer.Option()] = _DEFAULTS.steps,
+    batch_size: Annotated[int, typer.Option()] = _DEFAULTS.batch_size,
+    eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
+    seed: Annotated[int, typer.Option()] = _DEFAULTS.seed,
+    eval_every: Annotated[int, typer.Option(help="Steps per validation.")] = _DEFAULTS.eval_every,
+    dtype: Dtype = "bfloat16",
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    plot: Plot = None,
+) -> None:
+    """Fine-tune one decoder layer with forward passes only."""
+    config = TrainConfig(
+        task=task,
+        method=method,
+        layer=_parse_layer(layer),
+        steps=steps,
+        batch_size=batch_size,
+        eps=eps,
+        lr=lr,
+        seed=seed,
+        eval_every=eval_every,
+    )
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    with _progress(steps) as on_progress:
+        metrics = train(
+            loaded, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+        )
+    console.print(_summary(metrics))
+    console.print(f"written to {out}", highlight=False)
+    if plot is not None:
+        plot_history(metrics, plot)
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    task: Task,
+    data: Data,
+    adapter: Annotated[Path | None, typer.Option(help="Folder that `train` wrote.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    dtype: Dtype = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Score a model, as it is or with an adapter, on one split of a task."""
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    if adapter is not None:
+        load_adapter(loaded, adapter)
+    found = evaluate(loaded, tokenizer, task, data, _parse_split(split))
+    console.print_json(json.dumps(found))
+    if json_file is not None:
+        _write_json(json_file, found)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("dlzo-demo"),
+    steps: Annotated[int, typer.Option()] = _DEFAULTS.steps,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+) -> None:
+    """The main job on a real model: fetch SmolLM2, find its dominant layer, fine-tune it."""
+    console.rule("1. The model: SmolLM2-135M-Instruct, de-quantised, in bfloat16")
+    model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+    console.rule("2. Its dominant layer, found by forward passes")
+    report = probe(model, tokenizer)
+    console.print(report.table())
+    console.rule("3. Fine-tuning that layer: two losses a step, no back-propagation")
+    config = TrainConfig("sst2", layer=report.decision.layer, steps=steps)
+    examples = shown_examples()
+    before = probabilities(model, tokenizer, examples)
+    with demo_data() as data, _progress(steps) as on_progress:
+        metrics = train(
+            model, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+        )
+    console.rule("4. Before and after, on sentences that it was not tuned on")
+    after = probabilities(model, tokenizer, examples)
+    console.print(before_and_after(examples, before, after))
+    console.print(_summary(metrics))
+    console.print(_NEXT.format(out=out), highlight=False)
+
+
+def main() -> None:
+    """Runs the command; what the user can mend ends in one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "not enough memory" not in str(error):
+            raise
+        _fail("out of memory: choose bfloat16, a smaller model or a smaller --batch-size")
+
+
+def _fail(message: str) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(message)}")
+    sys.exit(2)
+
+
+def _parse_layer(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"layer is {text!r}: give its number or 'auto'") from None
+
+
+def _parse_split(text: str) -> Split:
+    for split in get_args(Split):
+        if text == split:
+            return split
+    raise UserError(f"split {text!r} is not known: choose one of {', '.join(get_args(Split))}")
+
+
+def _write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    try:
+        replace_file(path, lambda partial: partial.write_text(text))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
+    """A bar that shows the last training loss and the last validation accuracy."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    shown = {"loss": "", "accuracy": ""}
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("scoring the untuned model", total=steps)
+
+        def on_progress(entry: HistoryEntry) -> None:
+            if (loss := entry.get("train_loss")) is not None:
+                shown["loss"] = f"loss {loss:.3f}  "
+            if "validation_accuracy" in entry:
+                shown["accuracy"] = f"validation accuracy {entry['validation_accuracy']:.3f}"
+            bar.update(task, completed=entry["step"], description="".join(shown.values()))
+
+        yield on_progress
+
+
+def _summary(metrics: Metrics) -> Table:
+    """The four evaluations of a run, and what it cost."""
+    table = Table(title=f"{metrics['task']}, layer {metrics['layer']}, {metrics['dtype']}")
+    for heading in ("", "split", "accuracy", "loss"):
+        table.add_column(heading, justify="left" if heading in ("", "split") else "right")
+    rows = [
+        ("untuned", "test", metrics["zero_shot"]),
+        (f"best, step {metrics['best']['step']}", "validation", metrics["best"]),
+        (f"last, step {metrics['final']['step']}", "validation", metrics["final"]),
+        ("best", "test", metrics["test"]),
+    ]
+    for name, split, found in rows:
+        if found is not None:
+            loss = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
+            table.add_row(name, split, f"{found['accuracy']:.3f}", loss)
+    step_ms = metrics["step_ms_median"]
+    table.caption = (
+        f"{metrics['seconds']:.0f} s, "
+        + ("" if step_ms is None else f"{step_ms:.0f} ms a step, ")
+        + f"peak memory {metrics['peak_rss_mb']:.0f} MB"
+        + (", interrupted" if metrics["interrupted"] else "")
+    )
+    return table

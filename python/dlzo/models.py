@@ -1,0 +1,240 @@
+"""Loading causal language models and finding their decoder layers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from dlzo.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DEFAULT_MODEL = "smollm2"
+# What transformers raises for a broken or unknown model.
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# One request decides whether the hub is there; transformers alone would retry for a minute.
+HUB_TIMEOUT_S = 10.0
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name`: float32, bfloat16 or float16.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not supported: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model, layer 0 first.
+
+    They are found by structure: the outermost ModuleList of the text decoder that holds
+    `num_hidden_layers` blocks of one class.
+
+    Raises:
+        UserError: the model has no such list.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.get_decoder().modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
+        if len({type(block) for block in module}) == 1:
+            return module
+    raise UserError(
+        f"{type(model).__name__} has no list of {count} decoder layers of one class: "
+        "choose a decoder-only model"
+    )
+
+
+def load_model(
+    name_or_path: str, *, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model onto the CPU, in eval mode, and its tokenizer.
+
+    Args:
+        name_or_path: a local folder, a GGUF file (its weights are de-quantised), the id of a model
+            on the Hugging Face hub, or `smollm2`.
+        dtype: the type of the weights: float32, bfloat16 or float16.
+
+    Raises:
+        UserError: there is no such model, it cannot be read, or it does not fit into memory.
+    """
+    if dtype not in DTYPES.values():
+        raise UserError(f"{dtype} is not supported: choose one of {', '.join(DTYPES)}")
+    source, options = _resolve(name_or_path)
+    model, tokenizer = _load(name_or_path, source, options, dtype)
+    model.name_or_path = name_or_path
+    return model, tokenizer
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a GGUF file as an ordinary model: de-quantised, and free to be saved as safetensors.
+
+    Raises:
+        UserError: the file is no GGUF, is cut off, or does not fit into memory.
+    """
+    source, options = _resolve_gguf(path)
+    return _load(str(path), source, options, dtype)
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """The first argument of `from_pretrained` for a model's name, and further ones."""
+    if name == DEFAULT_MODEL:
+        # Imported late: the embedded model is made by load_gguf, above.
+        from dlzo.smollm2 import ensure_smollm2
+
+        return str(ensure_smollm2()), {}
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"folder {path} has no config.json: give the folder of a saved model")
+        return str(path), {}
+    if path.is_file():
+        return _resolve_gguf(path)
+    return name, {"local_files_only": not _hub_has(name)}
+
+
+def _resolve_gguf(path: Path) -> tuple[str, dict[str, Any]]:
+    _check_gguf(path)
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _check_gguf(path: Path) -> None:
+    """Refuse a broken file by its index, before the long de-quantising."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file: give a model folder or a .gguf file")
+    try:
+        tensors = GGUFReader(path).tensors
+    # What the reader stumbles over when an index or a tensor ends early.
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        size = path.stat().st_size
+        raise UserError(f"{path} ({size:,} bytes) is cut off or damaged: fetch it again") from error
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: fetch it again")
+
+
+def _hub_has(name: str) -> bool:
+    """Whether the hub holds the model; False if it is out of reach and a copy is cached.
+
+    Raises:
+        UserError: no such model, or neither hub nor copy.
+    """
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UserError(
+            f"model {name!r} is not a folder, not a GGUF file and not on the Hugging Face hub: "
+            f"check the name, log in with `hf auth login` if it is private, or use {DEFAULT_MODEL}"
+        ) from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return False
+        raise UserError(
+            f"model {name!r} is not a folder or a GGUF file, and the Hugging Face hub cannot be "
+            f"reached ({error}): check the path or the network, or use {DEFAULT_MODEL}"
+        ) from error
+    return True
+
+
+def _load(
+    name: str, source: str, options: dict[str, Any], dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Else a model with code of its own asks a question on the terminal.
+    options = options | {"trust_remote_code": False}
+    gguf = "gguf_file" in options
+    with quiet_transformers(every_bar=gguf):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                # Else the weights of a GGUF stay packed where the `kernels` package is installed.
+                quantization_config=GgufConfig(dequantize=True) if gguf else None,
+                output_loading_info=True,
+                **options,
+            )
+        except (*LOAD_ERRORS, MemoryError) as error:
+            if isinstance(error, MemoryError) or "not enough memory" in str(error):
+                raise _out_of_memory(name, source, options, dtype) from error
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UserError(f"model {name!r} cannot be loaded: {reason}") from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # The tokenizers library raises nothing more specific.
+        except Exception as error:
+            raise UserError(
+                f"model {name!r} has no tokenizer that can be read: put its tokenizer.json and "
+                "tokenizer_config.json beside its weights"
+            ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"model {name!r} lacks {len(missing)} of its weights, {missing[0]} among them: "
+            "fetch it again"
+        )
+    return model.eval(), tokenizer
+
+
+def _out_of_memory(
+    name: str, source: str, options: dict[str, Any], dtype: torch.dtype
+) -> UserError:
+    config = AutoConfig.from_pretrained(source, **options)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    need = sum(parameter.nbytes for parameter in shell.parameters()) / 2**30
+    return UserError(
+        f"model {name!r} does not fit into memory: its weights need {need:.1f} GiB in "
+        f"{str(dtype).removeprefix('torch.')}: choose bfloat16 or a smaller model"
+    )
+
+
+@contextmanager
+def quiet_transformers(*, every_bar: bool) -> Iterator[None]:
+    """No warnings and no bars of work from transformers; those of downloads stay.
+
+    Args:
+        every_bar: silence stderr too, for the bars of de-quantising and saving have no switch.
+    """
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    download_bars = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if download_bars:
+        enable_progress_bars()
+    try:
+        with redirect_stderr(io.StringIO()) if every_bar else nullcontext():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

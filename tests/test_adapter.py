@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dlzo.adapter import layer_fingerprint, load_adapter, save_adapter
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers
+from tiny import tiny_model
+
+LAYER = 2
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def adapter(request, tmp_path):
+    """A folder with an adapter, and the state of the model it was saved from."""
+    model = tiny_model(dtype=request.param)
+    model.name_or_path = "tiny"
+    layer = decoder_layers(model)[LAYER]
+    fingerprint = layer_fingerprint(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)
+    folder = tmp_path / "deep" / "adapter"
+    save_adapter(folder, model, LAYER, base_fingerprint=fingerprint, info={"task": "sst2"})
+    return folder, state(model)
+
+
+def base(adapter):
+    return tiny_model(dtype=adapter[1]["model.norm.weight"].dtype)
+
+
+def rewrite_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite_weights(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def assert_refused(adapter, says, model=None):
+    model = model or base(adapter)
+    before = state(model)
+    with pytest.raises(UserError, match=says):
+        load_adapter(model, adapter[0])
+    assert same(state(model), before)
+
+
+def test_round_trip_is_exact(adapter):
+    folder, tuned = adapter
+    model = base(adapter)
+    assert not same(state(model), tuned)
+    config = load_adapter(model, folder)
+    assert same(state(model), tuned)
+    assert (config["layer"], config["task"], config["base_model"]) == (LAYER, "sst2", "tiny")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_weights_file_holds_the_tuned_layer_alone_by_full_names(adapter):
+    folder, tuned = adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    prefix = f"model.layers.{LAYER}."
+    assert same(tensors, {name: t for name, t in tuned.items() if name.startswith(prefix)})
+
+
+def test_fingerprint_sees_a_single_bit_and_a_name():
+    layer = decoder_layers(tiny_model())[0]
+    before = layer_fingerprint(layer)
+    weight = layer.mlp.up_proj.weight
+    with torch.no_grad():
+        weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
+    assert layer_fingerprint(layer) != before
+    same_bytes = torch.nn.Linear(2, 2, bias=False)
+    renamed = torch.nn.Module()
+    renamed.kernel = same_bytes.weight
+    assert layer_fingerprint(renamed) != layer_fingerprint(same_bytes)
+
+
+def test_another_base_is_refused(adapter):
+    model = base(adapter)
+    with torch.no_grad():
+        next(decoder_layers(model)[LAYER].parameters())[0] += 0.5
+    assert_refused(adapter, "other weights of layer 2.*'tiny'", model)
+
+
+def test_another_dtype_is_refused(adapter):
+    other = torch.float16
+    assert_refused(adapter, "this one is float16", tiny_model(dtype=other))
+
+
+def test_another_architecture_is_refused(adapter):
+    dtype = adapter[1]["model.norm.weight"].dtype
+    assert_refused(adapter, "only the adapter has", tiny_model("gpt2", dtype))
+
+
+def test_a_layer_that_the_model_lacks_is_refused(adapter):
+    rewrite_config(adapter[0], layer=4)
+    assert_refused(adapter, "tunes layer 4 and the model has 4 layers")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": "peft"}, "not the configuration"),
+        ({"version": 2}, "format version 2"),
+        ({"layer": "2"}, "'layer'"),
+        ({"layer": True}, "'layer'"),
+        ({"base_fingerprint": None}, "'base_fingerprint'"),
+        ({"dtype": 16}, "'dtype'"),
+    ],
+)
+def test_bad_configuration_is_refused(adapter, change, says):
+    rewrite_config(adapter[0], **change)
+    assert_refused(adapter, says)
+
+
+def test_damaged_or_missing_files_are_refused(adapter):
+    folder = adapter[0]
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(adapter, r"adapter_model\.safetensors.*cannot be read")
+    weights.unlink()
+    assert_refused(adapter, r"adapter_model\.safetensors.*cannot be read")
+    (folder / "adapter_config.json").write_text("{")
+    assert_refused(adapter, r"adapter_config\.json.*damaged")
+    (folder / "adapter_config.json").unlink()
+    assert_refused(adapter, "is not an adapter")
+
+
+NAME = f"model.layers.{LAYER}.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors: tensors.pop(NAME), "only the model has"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "only the adapter has 'extra'"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].T.contiguous()}), "in the model"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].double()}), "torch.float64"),
+        (lambda tensors: tensors[NAME][1].fill_(torch.nan), "not finite"),
+    ],
+    ids=["missing", "extra", "shape", "dtype", "nan"],
+)
+def test_weights_that_do_not_fit_are_refused(adapter, change, says):
+    rewrite_weights(adapter[0], change)
+    assert_refused(adapter, says)
+
+
+def test_a_failed_write_leaves_the_old_adapter(adapter, monkeypatch):
+    folder = adapter[0]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("dlzo.adapter.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(folder, base(adapter), LAYER, base_fingerprint="", info={})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

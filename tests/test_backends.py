@@ -1,0 +1,67 @@
+"""What is built, what runs, and how one is forced."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import dlzo_kernels
+from dlzo_kernels import _C
+from dlzo_kernels.backends import report
+
+
+def import_with(isa: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import dlzo_kernels as k; print(k._C.selected_isa()); print(k.gaussian((3,), 1).tolist())"
+    )
+    environment = {**os.environ, "DLZO_ISA": isa}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_baseline_is_always_there_and_the_best_is_in_use():
+    rows = {backend.name: backend for backend in dlzo_kernels.backends()}
+    assert rows["cpu/baseline"].built
+    assert rows["cpu/baseline"].runs
+    assert _C.selected_isa() == next(name for name, _, runs, _ in _C.isas() if runs)
+    for backend in rows.values():
+        assert bool(backend.reason) != backend.runs
+
+
+def test_the_report_names_every_backend_and_why_one_is_missing():
+    text = report()
+    for backend in dlzo_kernels.backends():
+        assert backend.name in text
+        assert backend.reason in text
+
+
+def test_the_environment_forces_an_isa():
+    done = import_with("baseline")
+    assert done.stdout.splitlines()[0] == "baseline"
+    assert done.stdout.splitlines()[1] == str(dlzo_kernels.gaussian((3,), 1).tolist())
+
+
+def test_an_isa_that_cannot_run_is_refused():
+    done = import_with("avx1024")
+    assert done.returncode != 0
+    assert "DLZO_ISA: unknown ISA 'avx1024'; this machine runs: " in done.stderr
+    with pytest.raises(ValueError, match="unknown ISA"):
+        _C.select_isa("sse9")
+
+
+def test_torchs_own_openmp_pool_is_used():
+    assert _C.thread_pool() == "openmp"
+
+
+def test_importing_the_kernels_needs_torch_and_numpy_only():
+    code = (
+        "import sys\n"
+        'for n in ("transformers", "triton", "rich", "typer", "dlzo"): sys.modules[n] = None\n'
+        "import dlzo_kernels; print(dlzo_kernels.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == dlzo_kernels.__version__

@@ -1,0 +1,254 @@
+"""Loading models: what comes out is what was saved, and every broken input is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import dlzo.models
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers, load_gguf, load_model, parse_dtype
+from tiny import CONFIGS, byte_tokenizer, tiny_model
+from tiny_gguf import write_gguf
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama saved with its tokenizer."""
+    path = tmp_path / "tiny-llama"
+    tiny_model().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    return path
+
+
+def test_parse_dtype() -> None:
+    assert parse_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(UserError, match=r"'int8'.*float32, bfloat16, float16"):
+        parse_dtype("int8")
+
+
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [
+        ("llama", "model.layers"),
+        ("qwen3", "model.layers"),
+        ("mistral", "model.layers"),
+        ("gpt2", "transformer.h"),
+        ("opt", "model.decoder.layers"),
+    ],
+)
+def test_decoder_layers(family: str, where: str) -> None:
+    model = tiny_model(family)
+    assert decoder_layers(model) is model.get_submodule(where)
+
+
+def test_decoder_layers_are_the_outermost_list() -> None:
+    model = tiny_model()
+    model.model.layers[0].experts = nn.ModuleList(nn.Linear(2, 2) for _ in model.model.layers)
+    # Before the layers, and as many, but of two classes.
+    model.model.embed_tokens.norms = nn.ModuleList(
+        [nn.Linear(2, 2), nn.ReLU(), nn.ReLU(), nn.ReLU()]
+    )
+    assert decoder_layers(model) is model.model.layers
+
+
+def test_decoder_layers_refuses_a_model_without_them() -> None:
+    model = tiny_model()
+    model.config.num_hidden_layers = 5
+    with pytest.raises(UserError, match="LlamaForCausalLM has no list of 5 decoder layers"):
+        decoder_layers(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_load_folder(folder: Path, dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    model, tokenizer = load_model(str(folder), dtype=dtype)
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
+    assert not model.training
+    assert model.name_or_path == str(folder)
+    for name, saved in tiny_model().state_dict().items():
+        assert torch.equal(model.state_dict()[name], saved.to(dtype)), name
+    assert tokenizer("Hi!").input_ids == byte_tokenizer()("Hi!").input_ids
+
+
+def test_load_gguf_gives_an_ordinary_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tensors = write_gguf(tmp_path / "tiny.gguf")
+    model, tokenizer = load_gguf(tmp_path / "tiny.gguf", torch.float32)
+    assert capfd.readouterr() == ("", "")
+    written = torch.from_numpy(tensors["blk.1.ffn_down.weight"])
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, written)
+    assert len(tokenizer("abc").input_ids) == 3
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again, _ = load_model(str(tmp_path / "saved"), dtype=torch.float32)
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+def test_load_model_takes_a_gguf_file(gguf: Path) -> None:
+    model, _ = load_model(str(gguf))
+    assert model.dtype == torch.bfloat16
+    assert model.name_or_path == str(gguf)
+
+
+def test_every_cut_of_a_gguf_is_refused(gguf: Path) -> None:
+    whole = gguf.read_bytes()
+    for kept in (4, 5, 24, 100, len(whole) // 4, len(whole) // 2, len(whole) - 1):
+        gguf.write_bytes(whole[:kept])
+        with pytest.raises(UserError, match=rf"tiny.gguf \({kept:,} bytes\) is cut off or damaged"):
+            load_model(str(gguf))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip file"])
+def test_not_a_gguf(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"model.gguf is not a GGUF file"):
+        load_model(str(tmp_path / "model.gguf"))
+
+
+def test_dtype_is_refused_before_loading() -> None:
+    with pytest.raises(UserError, match=r"torch.int8 is not supported"):
+        load_model("/no/such/folder", dtype=torch.int8)
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config.json"):
+        load_model(str(tmp_path))
+
+
+def test_broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(UserError, match=r"cannot be loaded: .*config.json' is not a valid JSON"):
+        load_model(str(folder))
+
+
+def test_unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "martian"}))
+    with pytest.raises(UserError, match=r"cannot be loaded: .*`martian`"):
+        load_model(str(folder))
+
+
+def test_cut_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"tiny-llama' cannot be loaded: .*incomplete"):
+        load_model(str(folder))
+
+
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    model = tiny_model()
+    state = model.state_dict()
+    del state["model.layers.2.mlp.up_proj.weight"]
+    model.save_pretrained(folder, state_dict=state)
+    with pytest.raises(UserError, match=r"lacks 1 of its weights, model.layers.2.mlp.up_proj"):
+        load_model(str(folder))
+
+
+def test_missing_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": "1.0"}', ""])
+def test_broken_tokenizer(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), MemoryError()],
+)
+def test_out_of_memory_names_the_need(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    config = CONFIGS["llama"]()
+    config.vocab_size, config.hidden_size = 1 << 20, 1 << 10  # two matrices of 2 GiB in bfloat16
+    config.save_pretrained(folder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError, match=r"weights need 4\.0 GiB in bfloat16"):
+        load_model(str(folder))
+
+
+def _model_info_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(self: HfApi, repo_id: str, *, timeout: float) -> None:
+        assert timeout <= 10
+        raise error
+
+    monkeypatch.setattr(HfApi, "model_info", fail)
+
+
+UNREACHABLE = [
+    httpx.ConnectError("Name or service not known"),
+    httpx.ConnectTimeout("timed out"),
+    OfflineModeIsEnabled("offline mode is enabled"),
+]
+
+
+@pytest.mark.parametrize("error", UNREACHABLE)
+def test_hub_unreachable(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    _model_info_raises(monkeypatch, error)
+    with pytest.raises(UserError, match=r"'some/model' is not a folder.*cannot be reached"):
+        load_model("some/model")
+
+
+def test_unknown_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+    _model_info_raises(monkeypatch, RepositoryNotFoundError("404", response=response))
+    with pytest.raises(UserError, match=r"'some/model' is not a folder.*not on the Hugging Face"):
+        load_model("some/model")
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "not an id", "model.gguf/x/y"])
+def test_what_is_no_hub_id(name: str) -> None:
+    with pytest.raises(UserError, match="not a folder, not a GGUF file"):
+        load_model(name)
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_cached_copy_is_used_only_if_the_hub_is_unreachable(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
+) -> None:
+    if reachable:
+        monkeypatch.setattr(HfApi, "model_info", lambda self, name, timeout: None)
+    else:
+        _model_info_raises(monkeypatch, UNREACHABLE[0])
+    monkeypatch.setattr(
+        dlzo.models, "try_to_load_from_cache", lambda name, file: str(folder / file)
+    )
+    local_only = []
+
+    def from_pretrained(source: str, *, local_files_only: bool, **options: Any) -> None:
+        assert source == "some/model"
+        local_only.append(local_files_only)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match="seen enough"):
+        load_model("some/model")
+    assert local_only == [not reachable]

@@ -1,0 +1,314 @@
+"""The probe: its rule on measured models, its statistics against a plain reference."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import dlzo.probe
+from dlzo.calibration import calibration_texts, read_texts
+from dlzo.errors import UserError
+from dlzo.plots import plot_probe
+from dlzo.probe import Decision, LayerStats, ProbeReport, decide, probe
+from tiny import byte_tokenizer, tiny_model
+
+PROFILES = json.loads((Path(__file__).parent / "activation_profiles.json").read_text())["absmax"]
+# Block outputs of SmolLM2-135M-Instruct over the built-in texts, in bfloat16.
+PROFILES["SmolLM2-135M-Instruct"] = [
+    *[38.25, 330.0, 908.0, 908.0, 908.0, 904.0, 900.0, 892.0, 816.0, 432.0, 118.0],
+    *[25600.0] * 16,
+    *[25344.0, 11136.0, 5248.0],
+]
+# Layer, verdict, runner-up.
+EXPECTED = {
+    "Ling-mini-20T": (1, "dominant", None),
+    "Qwen2.5-1.5B": (1, "dominant", None),
+    "Qwen2.5-7B": (3, "dominant", 1),
+    "Qwen2.5-32B": (4, "dominant", 1),
+    "Qwen3-1.7B": (2, "dominant", 1),
+    "Qwen3-8B": (6, "dominant", None),
+    "Qwen3-32B": (6, "dominant", None),
+    "gpt-oss-20b": (6, "dominant", None),
+    "SmolLM2-135M-Instruct": (11, "dominant", 1),
+    "Qwen2.5-VL-3B": (2, "ambiguous", 1),
+    "Qwen2.5-VL-7B": (3, "ambiguous", 1),
+    "Qwen3-30B-A3B": (1, "ambiguous", 2),
+    "Qwen3.5-0.8B": (None, "none", None),
+    "Qwen3.5-9B": (None, "none", None),
+    "Qwen3.5-27B": (None, "none", None),
+    "Qwen3.5-35B-A3B": (None, "gradual", None),
+    "gemma-2b": (None, "gradual", None),
+    "gemma-2-9b": (None, "gradual", None),
+    "gemma-2-27b": (None, "gradual", None),
+    "gemma-3-4b-it": (None, "gradual", None),
+}
+
+
+@pytest.mark.parametrize("model", PROFILES)
+def test_measured_models(model: str) -> None:
+    decision = decide(PROFILES[model])
+    assert (decision.layer, decision.verdict, decision.runner_up) == EXPECTED[model]
+
+
+@pytest.mark.parametrize(
+    ("constant", "low", "high"),
+    [
+        ("EMERGENCE_RISE", 5.7, 12.6),
+        ("MIN_JUMP", 1.0, 10.8),
+        ("CLEAR_CONFIDENCE", 0.32, 0.59),
+        ("GRADUAL_GROWTH", 6.3, 9.0),
+    ],
+)
+def test_constants_have_room(
+    monkeypatch: pytest.MonkeyPatch, constant: str, low: float, high: float
+) -> None:
+    """No layer and no verdict changes over the range that the constant's comment gives."""
+    for value in (low, high):
+        monkeypatch.setattr(dlzo.probe, constant, value)
+        for model, profile in PROFILES.items():
+            decision = decide(profile)
+            assert (decision.layer, decision.verdict) == EXPECTED[model][:2], (model, value)
+
+
+@pytest.mark.parametrize(
+    ("profile", "layer"),
+    [
+        pytest.param([2.5, *[2450.0] * 30, 900.0], 1, id="first possible layer"),
+        pytest.param([0.3, 20.0, 25.0, 30.0, *[900.0] * 25], 4, id="large ratio of small numbers"),
+        pytest.param([20.0, 120.0, 728.0, *[1000.0] * 28], 2, id="two steps, neither tenfold"),
+        pytest.param([10.0] * 20 + [5000.0], None, id="last layer only"),
+        pytest.param([10.0] * 12, None, id="flat"),
+        pytest.param([5.0], None, id="one layer"),
+        pytest.param([5.0, 5000.0], None, id="two layers"),
+        pytest.param([1000.0, *[10.0] * 20], None, id="a fall"),
+    ],
+)
+def test_traps(profile: list[float], layer: int | None) -> None:
+    assert decide(profile).layer == layer
+
+
+def test_a_rescaled_stream_has_no_outlier_layer() -> None:
+    absmax = [10.0] * 5 + [1000.0] * 10
+    assert decide(absmax, [5.0] * 5 + [800.0] * 10).layer == 5
+    assert decide(absmax, [5.0] * 15).layer is None
+
+
+positive = st.floats(1e-30, 1e30)
+profiles = st.lists(positive, min_size=1, max_size=40)
+
+
+@given(st.lists(st.floats(5e-324, allow_infinity=False), min_size=1, max_size=40))
+def test_never_fails_on_positive_numbers(profile: list[float]) -> None:
+    decision = decide(profile)
+    assert (decision.layer is None) == (decision.verdict in ("gradual", "none"))
+    assert 0.0 <= decision.confidence <= 1.0
+    if decision.layer is None:
+        assert decision.runner_up is None
+    else:
+        assert 0 < decision.layer < len(profile) - 1
+        assert decision.runner_up != decision.layer
+
+
+# Two equal steps: the layers tie, and rounding of the logarithms must not decide.
+@example([1.4834832711701211, 28.698142889369485, 555.1686502329438, 1.0], 42)
+@given(profiles, st.integers(-60, 60))
+def test_the_unit_of_h_does_not_matter(profile: list[float], exponent: int) -> None:
+    decision, scaled = decide(profile), decide([math.ldexp(h, exponent) for h in profile])
+    assert (scaled.layer, scaled.verdict, scaled.runner_up, scaled.confidence) == (
+        decision.layer,
+        decision.verdict,
+        decision.runner_up,
+        decision.confidence,
+    )
+
+
+@given(st.integers(1, 20), st.integers(2, 20), st.floats(200.0, 1e6), positive)
+def test_one_step_is_found(before: int, after: int, factor: float, level: float) -> None:
+    decision = decide([level] * before + [level * factor] * after)
+    assert decision.layer == before
+    assert decision.verdict == "dominant"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_bad_values_are_named(value: float) -> None:
+    with pytest.raises(UserError, match=r"max\|h\| of layer 1 is "):
+        decide([1.0, value, 2.0])
+    with pytest.raises(UserError, match="the kurtosis of layer 2 is "):
+        decide([1.0, 2.0, 3.0], [3.0, 3.0, value])
+
+
+def test_bad_lengths() -> None:
+    with pytest.raises(UserError, match="for no layer"):
+        decide([])
+    with pytest.raises(UserError, match="2 maxima and 3 kurtoses"):
+        decide([1.0, 2.0], [3.0, 3.0, 3.0])
+
+
+TEXTS = ["A short one.", "A text that is somewhat longer, with a comma.", "x"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2", "opt"])
+def test_statistics_against_float64(family: str) -> None:
+    model, tokenizer = tiny_model(family), byte_tokenizer()
+    report = probe(model, tokenizer, TEXTS)
+    outputs = [
+        model(torch.tensor([tokenizer(text).input_ids]), output_hidden_states=True).hidden_states
+        for text in TEXTS
+    ]
+    # The last of the hidden states has passed the final norm, so it is no block's output.
+    for layer in range(3):
+        states = [hidden[layer + 1].detach().double() for hidden in outputs]
+        kurtosis = [((h - h.mean()) ** 4).mean() / h.var(correction=0) ** 2 for h in states]
+        found = report.layers[layer]
+        assert found.absmax == max(float(h.abs().max()) for h in states)
+        assert found.kurtosis == pytest.approx(float(sum(kurtosis) / 3), rel=1e-5)
+    assert [stats.layer for stats in report.layers] == [0, 1, 2, 3]
+    assert report.layers[0].jump is None
+    assert report.layers[2].jump == report.layers[2].absmax / report.layers[1].absmax
+
+
+def test_probe_leaves_no_hook_and_no_gradient() -> None:
+    model = tiny_model()
+    probe(model, byte_tokenizer(), TEXTS)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_probe_finds_the_layer_that_was_made_dominant() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        # Row 5 of a down projection: one massive channel from that layer on.
+        model.model.layers[2].mlp.down_proj.weight[5] *= 1e4
+    decision = probe(model, byte_tokenizer(), TEXTS).decision
+    assert (decision.layer, decision.verdict) == (2, "dominant")
+
+
+def test_long_texts_are_cut_to_what_the_model_reads() -> None:
+    model = tiny_model("gpt2")
+    model.config.max_position_embeddings = 16
+    report = probe(model, byte_tokenizer(), ["abcdefgh" * 100])
+    assert report.layers == probe(model, byte_tokenizer(), ["abcdefgh" * 2]).layers
+
+
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_texts_without_tokens(texts: list[str]) -> None:
+    with pytest.raises(UserError, match="hold no token"):
+        probe(tiny_model(), byte_tokenizer(), texts)
+
+
+def test_overflow_is_named() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"of layer 1 is (inf|nan), .* bfloat16 or float32"):
+        probe(model, byte_tokenizer(), TEXTS)
+
+
+@pytest.fixture
+def report() -> ProbeReport:
+    absmax = [10.0, 50.0, 5000.0, 5000.0, 4000.0]
+    layers = [
+        LayerStats(i, h, 3.0 * h, None if i == 0 else h / absmax[i - 1])
+        for i, h in enumerate(absmax)
+    ]
+    return ProbeReport("some/model", decide(absmax), layers)
+
+
+def test_json(report: ProbeReport) -> None:
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert data == {
+        "model": "some/model",
+        "dominant": 2,
+        "verdict": "dominant",
+        "runner_up": 1,
+        "confidence": report.decision.confidence,
+        "layers": [
+            {"layer": 0, "absmax": 10.0, "kurtosis": 30.0, "jump": None},
+            {"layer": 1, "absmax": 50.0, "kurtosis": 150.0, "jump": 5.0},
+            {"layer": 2, "absmax": 5000.0, "kurtosis": 15000.0, "jump": 100.0},
+            {"layer": 3, "absmax": 5000.0, "kurtosis": 15000.0, "jump": 1.0},
+            {"layer": 4, "absmax": 4000.0, "kurtosis": 12000.0, "jump": 0.8},
+        ],
+    }
+
+
+def test_table_highlights_the_dominant_row(report: ProbeReport) -> None:
+    console = Console(width=80, force_terminal=True, color_system="standard", record=True)
+    with console.capture() as capture:
+        console.print(report.table())
+    lines = capture.get().splitlines()
+    dominant = next(line for line in lines if "100.00x" in line)
+    assert "\x1b[1;7;32m" in dominant
+    assert sum("\x1b[1;7;32m" in line for line in lines) == 1
+
+
+def test_plot(report: ProbeReport, tmp_path: Path) -> None:
+    plot_probe(report, tmp_path / "probe.png")
+    plot_probe(report, tmp_path / "probe.SVG")
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "probe.SVG").read_text()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_plot_without_a_dominant_layer(tmp_path: Path) -> None:
+    layers = [LayerStats(i, 5.0, 3.0, None if i == 0 else 1.0) for i in range(4)]
+    plot_probe(
+        ProbeReport("flat", Decision(None, "none", 1.0, None, ""), layers), tmp_path / "flat.png"
+    )
+    assert (tmp_path / "flat.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["probe", "probe.pdf"])
+def test_plot_needs_a_known_suffix(report: ProbeReport, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"suffix .*use \.png or \.svg"):
+        plot_probe(report, tmp_path / name)
+
+
+def test_plot_that_cannot_be_written(report: ProbeReport, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"probe.png cannot be written .No such file"):
+        plot_probe(report, tmp_path / "missing" / "probe.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"folder.png cannot be written"):
+        plot_probe(report, tmp_path / "folder.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_calibration_texts() -> None:
+    texts = calibration_texts()
+    assert len(texts) >= 20
+    assert all(text and "\n" not in text for text in texts)
+
+
+def test_read_texts(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n first, line one\nline two \n\n  \n\nsecond é\n", "utf-8")
+    assert read_texts(path) == ["first, line one\nline two", "second é"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b" \n\n ", "is empty"), (b"abc\xff", r"is not UTF-8 \(byte 3\)")],
+)
+def test_bad_texts(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "texts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_texts(tmp_path / "texts.txt")
+
+
+def test_missing_texts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"texts.txt cannot be read .No such file"):
+        read_texts(tmp_path / "texts.txt")
+
+
+def test_smollm2(smollm2) -> None:
+    model, tokenizer = smollm2
+    decision = probe(model, tokenizer).decision
+    assert decision.layer == 11
+    assert decision.runner_up in (1, 2)

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dlzo import trainer
+from dlzo.adapter import load_adapter
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers
+from dlzo.plots import plot_history
+from dlzo.trainer import TrainConfig, batch_indices, evaluate, step_seed, train
+from tiny import byte_tokenizer, tiny_model
+
+TOKENIZER = byte_tokenizer(" terrible", " great")
+CONFIG = TrainConfig("sst2", layer=1, steps=60, batch_size=8, eps=1e-2, lr=3e-3, eval_every=20)
+SHORT = replace(CONFIG, steps=4, eval_every=2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Sentences of a and b; the more frequent letter gives the label."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    draw = random.Random(0)
+    for split, size in (("train", 40), ("validation", 20), ("test", 20)):
+        rows = []
+        for i in range(size):
+            often, seldom = ("ab", "ba")[i % 2]
+            sentence = "".join(draw.choices((often, seldom), (9, 1), k=draw.randint(4, 10)))
+            rows.append(json.dumps({"sentence": sentence, "label": i % 2}))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def interrupt_at(step):
+    def on_progress(entry):
+        if entry["step"] == step:
+            raise KeyboardInterrupt
+
+    return on_progress
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_lowers_the_loss(data, tmp_path, dtype):
+    model, out = tiny_model(dtype=dtype), tmp_path / "out"
+    model.name_or_path = "tiny"
+    before = state(model)
+    entries = []
+    metrics = train(model, TOKENIZER, CONFIG, data, out, on_progress=entries.append)
+
+    losses = [entry["train_loss"] for entry in metrics["history"][1:]]
+    assert len(losses) == CONFIG.steps
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    assert metrics["best"]["loss"] < 0.8 * metrics["history"][0]["validation_loss"]
+    assert metrics["test"]["loss"] < 0.8 * metrics["zero_shot"]["loss"]
+    assert [e["step"] for e in entries if "validation_loss" in e] == [0, 20, 40, 60]
+    assert entries == metrics["history"]
+    validated = [e for e in entries if "validation_loss" in e]
+    best = min(validated, key=lambda e: e["validation_loss"])
+    assert metrics["best"] == {
+        "step": best["step"],
+        "accuracy": best["validation_accuracy"],
+        "loss": best["validation_loss"],
+    }
+    assert metrics["final"]["step"] == 60
+    assert (metrics["skipped"], metrics["interrupted"]) == (0, False)
+    assert metrics["step_ms_median"] > 0 and metrics["seconds"] > 0 and metrics["peak_rss_mb"] > 50
+    assert metrics["dtype"] == str(dtype).removeprefix("torch.")
+
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    changed = {name for name in before if not torch.equal(before[name], model.state_dict()[name])}
+    assert changed and all(name.startswith("model.layers.1.") for name in changed)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.json",
+    ]
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_a_loaded_adapter_gives_the_same_figures_again(data, tmp_path):
+    out = tmp_path / "out"
+    tuned = tiny_model()
+    metrics = train(tuned, TOKENIZER, CONFIG, data, out)
+    model = tiny_model()
+    assert evaluate(model, TOKENIZER, "sst2", data) == metrics["zero_shot"]
+    load_adapter(model, out)
+    assert same(state(model), state(tuned))
+    assert evaluate(model, TOKENIZER, "sst2", data) == metrics["test"]
+    best = metrics["best"]
+    assert evaluate(model, TOKENIZER, "sst2", data, "validation") == {
+        "accuracy": best["accuracy"],
+        "loss": best["loss"],
+    }
+
+
+def test_a_seed_fixes_every_bit(data, tmp_path):
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(len(runs))
+        before = torch.get_rng_state()
+        model = tiny_model()
+        metrics = train(model, TOKENIZER, replace(SHORT, seed=seed), data, tmp_path / name)
+        assert torch.equal(torch.get_rng_state(), before)
+        runs.append((metrics["history"], state(model)))
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
+    assert runs[0][0] != runs[2][0]
+
+
+def test_lr_zero_changes_no_bit(data, tmp_path):
+    model = tiny_model(dtype=torch.bfloat16)
+    before = state(model)
+    metrics = train(model, TOKENIZER, replace(SHORT, lr=0.0), data, tmp_path / "out")
+    assert same(state(model), before)
+    assert metrics["final"]["loss"] == metrics["history"][0]["validation_loss"]
+
+
+def test_the_best_weights_are_kept_not_the_last(data, tmp_path, monkeypatch):
+    found = iter([(0.5, 1.0), (0.5, 9.0), (0.6, 0.5), (0.9, 0.7), (0.7, 0.6)])
+    seen = []
+
+    def scripted(scorer, batch):
+        seen.append(state(scorer.model))
+        return next(found)
+
+    monkeypatch.setattr(trainer.Scorer, "evaluate", scripted)
+    model = tiny_model()
+    metrics = train(model, TOKENIZER, SHORT, data, tmp_path / "out")
+    # The order of evaluations: test untuned; validation after steps 0, 2 and 4; test.
+    assert metrics["best"] == {"step": 2, "accuracy": 0.6, "loss": 0.5}
+    assert metrics["final"] == {"step": 4, "accuracy": 0.9, "loss": 0.7}
+    assert metrics["test"] == {"accuracy": 0.7, "loss": 0.6}
+    assert same(seen[2], seen[4]) and not same(seen[2], seen[3])
+    assert same(state(model), seen[2])
+
+
+def test_the_probe_finds_the_layer(data, tmp_path, monkeypatch):
+    decision = SimpleNamespace(layer=2, verdict="sharp")
+    monkeypatch.setattr(trainer, "probe", lambda *_: SimpleNamespace(decision=decision))
+    metrics = train(tiny_model(), TOKENIZER, replace(SHORT, layer=None), data, tmp_path / "out")
+    assert metrics["layer"] == 2
+
+
+def test_a_step_with_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch):
+    two_point_losses = trainer.Scorer.two_point_losses
+    calls = iter(range(100))
+
+    def sometimes_nan(scorer, step, batch):
+        plus, minus = two_point_losses(scorer, step, batch)
+        return (float("nan") if next(calls) in (0, 3) else plus), minus
+
+    monkeypatch.setattr(trainer.Scorer, "two_point_losses", sometimes_nan)
+    metrics = train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
+    assert metrics["skipped"] == 2
+    assert [e.get("train_loss") is None for e in metrics["history"][1:]] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+
+
+def test_a_model_whose_loss_is_not_finite_is_refused(data, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        train(model, TOKENIZER, SHORT, data, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_ctrl_c_leaves_a_usable_result(data, tmp_path):
+    out, model = tmp_path / "out", tiny_model()
+    metrics = train(model, TOKENIZER, CONFIG, data, out, on_progress=interrupt_at(33))
+    assert (metrics["interrupted"], metrics["test"]) == (True, None)
+    assert metrics["best"]["step"] == 20 and metrics["history"][-1]["step"] == 33
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    fresh = tiny_model()
+    assert load_adapter(fresh, out)["step"] == 20
+    assert same(state(fresh), state(model))
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_early_ctrl_c_does_not_trade_a_result_for_an_untuned_layer(data, tmp_path):
+    out = tmp_path / "out"
+    metrics = train(tiny_model(), TOKENIZER, CONFIG, data, out, on_progress=interrupt_at(3))
+    assert metrics["best"]["step"] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny_model(), TOKENIZER, CONFIG, data, out, overwrite=True, on_progress=interrupt_at(3)
+        )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_an_existing_result_is_replaced_only_when_asked(data, tmp_path):
+    out = tmp_path / "out"
+    train(tiny_model(), TOKENIZER, SHORT, data, out)
+    (out / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        train(tiny_model(), TOKENIZER, SHORT, data, out)
+    assert (out / "note.txt").exists()
+    metrics = train(tiny_model(), TOKENIZER, replace(SHORT, seed=5), data, out, overwrite=True)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert not (out / "note.txt").exists() and not list(tmp_path.glob("out.*"))
+
+
+def test_a_failed_run_leaves_the_old_result(data, tmp_path):
+    out = tmp_path / "out"
+    train(tiny_model(), TOKENIZER, SHORT, data, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fail(entry):
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, overwrite=True, on_progress=fail)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize("kind", ["folder of others", "file"])
+def test_what_is_no_result_is_never_overwritten(data, tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a result of dlzo"):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, overwrite=True)
+    assert (out if kind == "file" else out / "thesis.txt").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "lora"}, "'lora'.*dominant"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"eval_every": 0}, "eval_every is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1 << 63}, "seed is"),
+        ({"eps": 0.0}, r"eps is 0\.0"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"lr": -1e-4}, "lr is -0.0001"),
+        ({"lr": float("inf")}, "lr is inf"),
+    ],
+)
+def test_bad_values_are_refused(change, says):
+    with pytest.raises(UserError, match=says):
+        replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"task": "sst3"}, "'sst3'"),
+        ({"layer": 4}, "layer is 4: the model has layers 0 to 3"),
+        ({"layer": -1}, "layer is -1"),
+        ({"batch_size": 41}, "batch_size is 41.*40"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_before_anything_is_written(
+    data, tmp_path, change, says
+):
+    model = tiny_model()
+    before = state(model)
+    with pytest.raises(UserError, match=says):
+        train(model, TOKENIZER, replace(CONFIG, **change), data, tmp_path / "new" / "out")
+    assert same(state(model), before) and not (tmp_path / "new").exists()
+
+
+def test_no_dominant_layer_asks_for_one(data, tmp_path, monkeypatch):
+    decision = SimpleNamespace(layer=None, verdict="gradual")
+    monkeypatch.setattr(trainer, "probe", lambda *_: SimpleNamespace(decision=decision))
+    with pytest.raises(UserError, match=r"gradual.*--layer"):
+        train(tiny_model(), TOKENIZER, replace(SHORT, layer=None), data, tmp_path / "out")
+
+
+def test_missing_data_is_refused_before_anything_is_written(data, tmp_path):
+    (data / "test.jsonl").unlink()
+    with pytest.raises(UserError, match=r"test\.jsonl"):
+        train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_epoch_visits_each_example_at_most_once_in_its_own_order():
+    epochs = [
+        [i for step in steps for i in batch_indices(3, step, size=50, batch_size=16)]
+        for steps in ((1, 2, 3), (4, 5, 6))
+    ]
+    for epoch in epochs:
+        assert len(set(epoch)) == 48 and set(epoch) < set(range(50))
+    assert epochs[0] != epochs[1]
+    assert batch_indices(4, 1, 50, 16) != batch_indices(3, 1, 50, 16)
+
+
+def test_step_seeds_are_distinct_and_positive_int64():
+    seeds = {step_seed(seed, step) for seed in range(10) for step in range(1, 200)}
+    assert len(seeds) == 10 * 199
+    assert all(0 <= seed < 1 << 63 for seed in seeds) and max(seeds) > 1 << 60
+
+
+def test_history_is_drawn(data, tmp_path):
+    metrics = train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
+    plot_history(metrics, tmp_path / "history.png")
+    assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
+    metrics["history"][2]["validation_loss"] = None
+    plot_history({**metrics, "test": None}, tmp_path / "history.svg")
+    assert "validation" in (tmp_path / "history.svg").read_text()
+
+
+def test_the_layer_runs_under_the_models_own_forward_afterwards(data, tmp_path):
+    model = tiny_model()
+    train(model, TOKENIZER, SHORT, data, tmp_path / "out")
+    assert all("forward" not in vars(layer) for layer in decoder_layers(model))

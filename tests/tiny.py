@@ -1,0 +1,65 @@
+"""Tiny random models and a byte-level tokenizer, built in memory."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+VOCABULARY = 260
+_COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    # Far above the usual 0.02, so that attention matters in the outputs.
+    "initializer_range": 0.2,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_COMMON, **_LLAMA),
+    "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA),
+    "mistral": lambda: MistralConfig(**_COMMON, **_LLAMA, sliding_window=8),
+    "gpt2": lambda: GPT2Config(
+        **_COMMON, n_embd=32, n_layer=4, n_head=4, n_positions=256, initializer_range=0.2
+    ),
+    "opt": lambda: OPTConfig(
+        **_COMMON,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        init_std=0.2,
+    ),
+}
+
+
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model of four layers, the same at each call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype).eval()
+
+
+def byte_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """One token per byte, and one for each of `words`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
