@@ -28,7 +28,7 @@ from dlzo_kernels import ActivationStats, activation_stats
 Verdict = Literal["dominant", "ambiguous", "gradual", "none"]
 
 # The constants of `decide`. The ranges are those over which no layer and no verdict changes on 20
-# measured profiles: 19 published with arXiv 2605.15572 (of the Qwen2.5, Qwen2.5-VL, Qwen3, Qwen3.5,
+# measured profiles: 19 public ones of arXiv 2605.15572 (of the Qwen2.5, Qwen2.5-VL, Qwen3, Qwen3.5,
 # Gemma, Ling and gpt-oss families), and SmolLM2-135M-Instruct.
 
 # Massive activations emerge as a rise of max|h| by this factor within three layers: 5.7 to 12.6.
