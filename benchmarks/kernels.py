@@ -79,12 +79,28 @@ class Limits:
     def __init__(self, folder: str) -> None:
         library = f"{folder}/limits.so"
         source = Path(__file__).with_name("limits.c")
-        command = ["cc", "-O3", "-march=native", "-w", "-shared", "-fPIC", "-o", library]
+        command = [
+            "cc",
+            "-O3",
+            "-march=native",
+            "-fopenmp",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-o",
+            library,
+        ]
         subprocess.run([*command, str(source)], check=True)
         self._library = ctypes.CDLL(library)
+        self._pool = ThreadPoolExecutor(2)
         self._library.clock_hz.restype = ctypes.c_double
         self._library.read_all.restype = ctypes.c_uint64
         self._library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+    def scale_on_second_pool(self, x: Tensor, count: int) -> None:
+        self._library.scale_on_second_pool(
+            ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(x.numel()), count
+        )
 
     def clock_hz(self) -> float:
         return max(self._library.clock_hz() for _ in range(5))
@@ -96,8 +112,7 @@ class Limits:
         if count == 1:
             self._library.read_all(starts[0], part)
             return
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(lambda start: self._library.read_all(start, part), starts))
+        list(self._pool.map(lambda start: self._library.read_all(start, part), starts))
 
 
 class Results:
@@ -182,24 +197,43 @@ def bench_perturb(results: Results) -> None:
 
 
 def bench_threads(results: Results) -> None:
-    """Two threads against one, between torch operations that keep its pool awake."""
-    w, a = torch.randn(LAYER).bfloat16(), torch.randn(512, 512)
+    """Two threads against one."""
+    w = torch.randn(LAYER).bfloat16()
 
     def run(count: int) -> None:
         with threads(count):
             dk.perturb_(w, 1, 1e-3)
 
-    def after_torch() -> None:
-        with threads(2):
-            dk.perturb_(w, 1, 1e-3)
-
     times = interleaved({"one": lambda: run(1), "two": lambda: run(2)})
     results.add("perturb_ bfloat16", 1, LAYER, times["one"])
     results.add("perturb_ bfloat16", 2, LAYER, times["two"], speedup=ratio(times, "one", "two"))
+
+
+def bench_pools(results: Results, limits: Limits) -> None:
+    """What a kernel costs right after a matmul of torch: on torch's pool, and on a second one."""
+    count = 1 << 18
+    w, x, a = torch.randn(count).bfloat16(), torch.randn(count), torch.randn(384, 384)
+    kernels: dict[str, Run] = {
+        "torch's pool (ours)": lambda: dk.perturb_(w, 1, 1e-3),
+        "a second pool": lambda: limits.scale_on_second_pool(x, 2),
+    }
+
+    def after_matmul(kernel: Run) -> None:
+        a @ a
+        kernel()
+
     with threads(2):
-        matmul = interleaved({"alone": lambda: a @ a, "mixed": lambda: (a @ a, after_torch())})
-    both = median(matmul["mixed"]) - median(matmul["alone"])
-    results.add("perturb_ bfloat16 after a matmul", 2, LAYER, [both] * 3)
+        for name, kernel in kernels.items():
+            times = interleaved(
+                {
+                    "matmul": lambda: a @ a,
+                    "kernel": kernel,
+                    "both": lambda kernel=kernel: after_matmul(kernel),
+                }
+            )
+            matmul, alone, both = (median(times[key]) for key in ("matmul", "kernel", "both"))
+            slowdown = f"{both / (matmul + alone):.2f}"
+            results.add(f"matmul, then {name}", 2, count, times["both"], both_over_sum=slowdown)
 
 
 def bench_accumulate(results: Results) -> None:
@@ -276,6 +310,7 @@ def main() -> None:
         bench_noise(results, limits)
         bench_perturb(results)
         bench_threads(results)
+        bench_pools(results, limits)
         bench_accumulate(results)
         bench_stats(results, limits)
         bench_calls(results)

@@ -31,3 +31,10 @@ uint64_t read_all(const void* data, size_t bytes) {
     for (int k = 0; k < 8; k++) total += sum[j][k];
   return total;
 }
+
+// Work on a second OpenMP pool, beside torch's own.
+void scale_on_second_pool(float* x, size_t count, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (size_t i = 0; i < count; i++)
+    for (int j = 0; j < 16; j++) x[i] = x[i] * 0.999f + 0.001f;
+}

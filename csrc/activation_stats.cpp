@@ -61,7 +61,7 @@ DLZO_INLINE void to_float32(const char* x, int64_t count, float* values) {
 struct LaneSums {
   double s[4][kWidth];
   int32_t largest[kWidth];  // bits of the largest |x|
-  int32_t row[kWidth];      // and the first row that holds it
+  int32_t block[kWidth];    // and the first row of the block that first holds it
 };
 
 // Power sums and maxima of rows of kWidth values, each lane about its own pivot.
@@ -99,7 +99,7 @@ class Sweep {
       for (int i = 0; i < kVectors; i++)
         for (int lane = 0; lane < kBitsLanes; lane++) {
           sums->largest[first + i * kBitsLanes + lane] = largest_[p][i][lane];
-          sums->row[first + i * kBitsLanes + lane] = row_[p][i][lane];
+          sums->block[first + i * kBitsLanes + lane] = block_[p][i][lane];
         }
     }
   }
@@ -107,12 +107,14 @@ class Sweep {
  private:
   __attribute__((always_inline)) void add_block(int p, const char* x, int64_t begin, int64_t end,
                                                 int64_t step) {
-    F32 s[4][2] = {};
-    const F32 pivot[2] = {pivot_[p][0], pivot_[p][1]};
-    Bits largest[kVectors], row[kVectors];
-    for (int i = 0; i < kVectors; i++) largest[i] = largest_[p][i], row[i] = row_[p][i];
+    const F32 zero = {}, pivot[2] = {pivot_[p][0], pivot_[p][1]};
+    F32 s[4][2];
+    for (int k = 0; k < 4; k++) s[k][0] = s[k][1] = zero;
+    Bits largest[kVectors];
+    for (int i = 0; i < kVectors; i++) largest[i] = Bits{};
     for (int64_t r = begin; r < end; r++) {
       const char* at = x + r * step + p * 2 * kLanes * size_of(dtype);
+      __builtin_prefetch(at + kBlock * step, 0, 2);  // rows of a matrix, which the hardware misses
       const Pair value = load_any_order<dtype>(at);
       for (int i = 0; i < 2; i++) {
         const F32 d = value.v[i] - pivot[i], square = d * d;
@@ -124,12 +126,14 @@ class Sweep {
       for (int i = 0; i < kVectors; i++) {
         const Bits magnitude =
             load<Bits>(at + i * (int64_t)sizeof(Bits)) & Magnitude<size_of(dtype)>::kMask;
-        const auto larger = magnitude > largest[i];
-        largest[i] = larger ? magnitude : largest[i];
-        row[i] = larger ? Bits{} + (Int)r : row[i];
+        largest[i] = magnitude > largest[i] ? magnitude : largest[i];
       }
     }
-    for (int i = 0; i < kVectors; i++) largest_[p][i] = largest[i], row_[p][i] = row[i];
+    for (int i = 0; i < kVectors; i++) {
+      const auto larger = largest[i] > largest_[p][i];
+      block_[p][i] = larger ? Bits{} + (Int)begin : block_[p][i];
+      largest_[p][i] = larger ? largest[i] : largest_[p][i];
+    }
     for (int k = 0; k < 4; k++)
       for (int i = 0; i < 2; i++)
         for (int lane = 0; lane < kLanes; lane++) total_[p][k][i][lane] += (double)s[k][i][lane];
@@ -137,8 +141,20 @@ class Sweep {
 
   F32 pivot_[kPairs][2];
   double total_[kPairs][4][2][kLanes] = {};
-  Bits largest_[kPairs][kVectors], row_[kPairs][kVectors] = {};
+  Bits largest_[kPairs][kVectors], block_[kPairs][kVectors] = {};
 };
+
+// The first row whose value in this lane has these magnitude bits; it is in the block named.
+template <DType dtype>
+DLZO_INLINE int32_t find_row(const char* x, int64_t step, const LaneSums& sums, int lane) {
+  using M = Magnitude<size_of(dtype)>;
+  int32_t row = sums.block[lane];
+  for (;; row++) {
+    typename M::Int raw;
+    memcpy(&raw, x + row * step + lane * size_of(dtype), sizeof raw);
+    if ((raw & M::kMask) == sums.largest[lane]) return row;
+  }
+}
 
 // Whether d about the pivot loses digits: its mean is more than half a standard deviation off.
 DLZO_INLINE bool is_poor(double count, const double (&s)[4]) {
@@ -174,10 +190,11 @@ DLZO_INLINE float first_pivot(const float* values, int64_t count) {
   return (float)(values[0] + sum[0] / (double)count);
 }
 
-// Adds up the first `lanes` lanes by halves, and finds the first position of the largest |x|,
+// Adds the first `lanes` lanes to s by halves, and finds the first position of the largest |x|,
 // counted from `offset`.
-DLZO_INLINE void reduce(LaneSums* sums, int64_t lanes, int64_t offset, double (&s)[4],
-                        int32_t* largest, int64_t* position) {
+template <DType dtype>
+DLZO_INLINE void reduce(const char* x, LaneSums* sums, int64_t lanes, int64_t offset,
+                        double (&s)[4], int32_t* largest, int64_t* position) {
   for (int64_t lane = lanes; lane < kWidth; lane++) {
     for (int k = 0; k < 4; k++) sums->s[k][lane] = 0;
     sums->largest[lane] = -1;
@@ -186,14 +203,18 @@ DLZO_INLINE void reduce(LaneSums* sums, int64_t lanes, int64_t offset, double (&
     for (int k = 0; k < 4; k++)
       for (int lane = 0; lane < half; lane++) sums->s[k][lane] += sums->s[k][lane + half];
   for (int k = 0; k < 4; k++) s[k] += sums->s[k][0];
-  int32_t best = -1, first = INT32_MAX;
+  int32_t best = -1;
   for (int lane = 0; lane < kWidth; lane++)
     best = sums->largest[lane] > best ? sums->largest[lane] : best;
-  for (int lane = 0; lane < kWidth; lane++) {
-    const int32_t at = sums->row[lane] * kWidth + lane;
-    first = sums->largest[lane] == best && at < first ? at : first;
+  if (best <= *largest) return;
+  *largest = best;
+  *position = INT64_MAX;
+  for (int lane = 0; lane < lanes; lane++) {
+    if (sums->largest[lane] != best) continue;
+    const int64_t at =
+        offset + find_row<dtype>(x, kWidth * size_of(dtype), *sums, lane) * kWidth + lane;
+    *position = at < *position ? at : *position;
   }
-  if (best > *largest) *largest = best, *position = offset + first;
 }
 
 // The sums of a run of `count` values about one pivot, and the first position of the largest |x|.
@@ -210,7 +231,7 @@ static int64_t run_sums(const char* x, int64_t count, float pivot, double (&s)[4
     Sweep<dtype> sweep(pivots);
     sweep.add(x, 0, rows, step);
     sweep.finish(&lanes);
-    reduce(&lanes, kWidth, 0, s, &largest, &position);
+    reduce<dtype>(x, &lanes, kWidth, 0, s, &largest, &position);
   }
   if (tail > 0) {
     alignas(64) char stage[kWidth * 4] = {};
@@ -218,7 +239,7 @@ static int64_t run_sums(const char* x, int64_t count, float pivot, double (&s)[4
     Sweep<dtype> sweep(pivots);
     sweep.add(stage, 0, 1, step);
     sweep.finish(&lanes);
-    reduce(&lanes, tail, rows * kWidth, s, &largest, &position);
+    reduce<dtype>(stage, &lanes, tail, rows * kWidth, s, &largest, &position);
   }
   return position;
 }
@@ -276,14 +297,15 @@ static bool tile_moments(const char* x, int64_t rows, int64_t step, int width, c
     const double s[4] = {sums.s[0][lane], sums.s[1][lane], sums.s[2][lane], sums.s[3][lane]};
     float value[kWidth];
     const char* column = x + lane * size_of(dtype);
-    to_float32<dtype>(column + sums.row[lane] * step, 1, value);
+    const int32_t row = find_row<dtype>(x, step, sums, lane);
+    to_float32<dtype>(column + row * step, 1, value);
     const float absmax = __builtin_fabsf(value[0]);
     if (scale_for(absmax) != 1) {
       result[lane] = column_moments<dtype>(column, rows, step);
       continue;
     }
     result[lane] = central(rows, s, pivots[lane]);
-    result[lane].argmax = sums.row[lane];
+    result[lane].argmax = row;
     result[lane].absmax = absmax;
     if (!is_poor((double)rows, s)) continue;
     pivots[lane] = (float)result[lane].mean;

@@ -81,11 +81,11 @@ def train_command(
     out: Annotated[Path, typer.Option(help="Folder of the result.")],
     method: Annotated[str, typer.Option(help="How to tune.")] = _DEFAULTS.method,
     layer: Annotated[str, typer.Option(help="Decoder layer, 'auto' to probe for it.")] = "auto",
-    steps: Annotated[int, typer.Option()] = _DEFAULTS.steps,
-    batch_size: Annotated[int, typer.Option()] = _DEFAULTS.batch_size,
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
-    seed: Annotated[int, typer.Option()] = _DEFAULTS.seed,
+    seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     eval_every: Annotated[int, typer.Option(help="Steps per validation.")] = _DEFAULTS.eval_every,
     dtype: Dtype = "bfloat16",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
@@ -137,7 +137,7 @@ def eval_command(
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("dlzo-demo"),
-    steps: Annotated[int, typer.Option()] = _DEFAULTS.steps,
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
 ) -> None:
     """The main job on a real model: fetch SmolLM2, find its dominant layer, fine-tune it."""
