@@ -1,7 +1,15 @@
 """Kernels for zeroth-order fine-tuning: noise, perturbation, statistics, and the exact step."""
 
+from importlib.util import find_spec as _find_spec
+
 # torch first: the extension borrows the OpenMP pool that torch loads.
 import torch as _torch  # noqa: F401
+
+if _find_spec("dlzo_kernels._C") is None:
+    raise ImportError(
+        f"{__path__[0]} is the source of dlzo_kernels, without its compiled extension: "
+        "run Python from another folder, or build it here with `pip install -e .`"
+    )
 
 from dlzo_kernels._version import NOISE_VERSION, __version__
 from dlzo_kernels.backends import Backend, backends, select_isa_from_environment

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,13 +15,19 @@ from dlzo_kernels import _C
 from dlzo_kernels.backends import report
 
 
-def import_with(isa: str) -> subprocess.CompletedProcess[str]:
+def import_with(isa: str, folder: Path) -> subprocess.CompletedProcess[str]:
     code = (
         "import dlzo_kernels as k; print(k._C.selected_isa()); print(k.gaussian((3,), 1).tolist())"
     )
     environment = {**os.environ, "DLZO_ISA": isa}
+    # In a folder apart: Python would find the source in that of the project.
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -39,14 +47,14 @@ def test_the_report_names_every_backend_and_why_one_is_missing():
         assert backend.reason in text
 
 
-def test_the_environment_forces_an_isa():
-    done = import_with("baseline")
+def test_the_environment_forces_an_isa(tmp_path):
+    done = import_with("baseline", tmp_path)
     assert done.stdout.splitlines()[0] == "baseline"
     assert done.stdout.splitlines()[1] == str(dlzo_kernels.gaussian((3,), 1).tolist())
 
 
-def test_an_isa_that_cannot_run_is_refused():
-    done = import_with("avx1024")
+def test_an_isa_that_cannot_run_is_refused(tmp_path):
+    done = import_with("avx1024", tmp_path)
     assert done.returncode != 0
     assert "DLZO_ISA: unknown ISA 'avx1024'; this machine runs: " in done.stderr
     with pytest.raises(ValueError, match="unknown ISA"):
@@ -57,11 +65,27 @@ def test_torchs_own_openmp_pool_is_used():
     assert _C.thread_pool() == "openmp"
 
 
-def test_importing_the_kernels_needs_torch_and_numpy_only():
+def test_importing_the_kernels_needs_torch_and_numpy_only(tmp_path):
     code = (
         "import sys\n"
         'for n in ("transformers", "triton", "rich", "typer", "dlzo"): sys.modules[n] = None\n'
         "import dlzo_kernels; print(dlzo_kernels.__version__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == dlzo_kernels.__version__
+
+
+def test_the_source_without_the_extension_says_what_to_do(tmp_path):
+    source = Path(dlzo_kernels.__file__).parent
+    shutil.copytree(source, tmp_path / "dlzo_kernels", ignore=shutil.ignore_patterns("_C*.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import dlzo_kernels"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "is the source of dlzo_kernels, without its compiled extension" in done.stderr
+    assert "pip install -e ." in done.stderr

@@ -171,7 +171,7 @@ def test_other_errors_keep_their_traceback(model, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["dlzo", "dlzo_kernels"])
-def test_modules_run_as_programs(module):
+def test_modules_run_as_programs(module, tmp_path):
     arguments = [sys.executable, "-m", module] + (["--help"] if module == "dlzo" else [])
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ("probe" if module == "dlzo" else "cpu/baseline") in done.stdout
