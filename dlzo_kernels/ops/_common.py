@@ -17,9 +17,10 @@ _U32, _U64 = 1 << 32, 1 << 64
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether the kernel may be called at once: nobody is tracing, no subclass wants the op."""
-    if torch.compiler.is_compiling():
-        return False
-    return all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return False
+    return not torch.compiler.is_compiling()
 
 
 def check_range(name: str, value: int, limit: int) -> None:
@@ -58,7 +59,7 @@ def check_scale(scale: float) -> None:
 
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raises TypeError or ValueError unless a kernel can work on the tensor."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise NotImplementedError(
             f"{name} is on {tensor.device}, for which no kernel was built; move it to the CPU"
         )

@@ -68,19 +68,18 @@ def activation_stats(
     if x.dim() == 0 and per != "tensor":
         raise ValueError(f"a 0-d x has no {per}s; use per='tensor'")
     if is_eager(x):
-        return ActivationStats(*_activation_stats_cpu(x, per))
-    return ActivationStats(*torch.ops.dlzo.activation_stats(x, per))
+        return ActivationStats._make(_activation_stats_cpu(x, per))
+    return ActivationStats._make(torch.ops.dlzo.activation_stats(x, per))
 
 
 def _empty_results(x: Tensor, per: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = () if per == "tensor" else x.shape[-1:] if per == "channel" else x.shape[:-1]
-    device = x.device
     return (
-        torch.empty(shape, dtype=torch.float32, device=device),
-        torch.empty(shape, dtype=torch.int64, device=device),
-        torch.empty(shape, dtype=torch.float64, device=device),
-        torch.empty(shape, dtype=torch.float64, device=device),
-        torch.empty(shape, dtype=torch.float64, device=device),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape, dtype=torch.float64),
+        x.new_empty(shape, dtype=torch.float64),
+        x.new_empty(shape, dtype=torch.float64),
     )
 
 
