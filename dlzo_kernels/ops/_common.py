@@ -15,6 +15,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _U32, _U64 = 1 << 32, 1 << 64
 
 
+def register_silent_fake(name: str) -> None:
+    """Registers the fake of an op that writes its arguments and returns nothing: nothing to do."""
+    torch.library.register_fake(f"dlzo::{name}", lambda *_, **__: None, lib=LIBRARY)
+
+
 def is_eager(*tensors: Tensor) -> bool:
     """Whether the kernel may be called at once: nobody is tracing, no subclass wants the op."""
     for tensor in tensors:

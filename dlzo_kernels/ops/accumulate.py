@@ -19,6 +19,7 @@ from dlzo_kernels.ops._common import (
     mark_written,
     overlap,
     pack,
+    register_silent_fake,
     row_stride_of,
     shape_of,
     threads,
@@ -80,7 +81,7 @@ def accumulate_(
         _accumulate_cpu(master, seeds, scales, stream, offset, queries, row_stride, out)
     else:
         signed = [to_signed(seed) for seed in seeds]
-        arguments = (signed, list(scales), stream, offset, queries, row_stride, out)
+        arguments = (signed, list(scales), stream, to_signed(offset), queries, row_stride, out)
         torch.ops.dlzo.accumulate_(master, *arguments)
     return master
 
@@ -126,18 +127,5 @@ def _check_out(master: Tensor, out: Tensor) -> None:
         raise ValueError("out and master overlap in memory; give out its own")
 
 
-@torch.library.register_fake("dlzo::accumulate_", lib=LIBRARY)
-def _(
-    master: Tensor,
-    seeds: Sequence[int],
-    scales: Sequence[float],
-    stream: int,
-    offset: int,
-    query: Sequence[int],
-    row_stride: int | None,
-    out: Tensor | None,
-) -> None:
-    return None
-
-
+register_silent_fake("accumulate_")
 LIBRARY.impl("accumulate_", _accumulate_cpu, "CPU")

@@ -65,10 +65,9 @@ def gaussian(
     """
     shape = tuple(shape)
     check_noise(shape, seed, stream, offset, query, row_stride)
-    arguments = (stream, offset, query, row_stride, dtype, torch.device(device))
-    if is_eager():
-        return _gaussian_cpu(shape, seed, *arguments)
-    return torch.ops.dlzo.gaussian(shape, to_signed(seed), *arguments)
+    signed = to_signed(seed), stream, to_signed(offset), query
+    arguments = (shape, *signed, row_stride, dtype, torch.device(device))
+    return _gaussian_cpu(*arguments) if is_eager() else torch.ops.dlzo.gaussian(*arguments)
 
 
 def _gaussian_cpu(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from dlzo_kernels.ops._common import (
     mark_written,
     overlap,
     pack,
+    register_silent_fake,
     row_stride_of,
     shape_of,
     threads,
@@ -70,7 +73,8 @@ def perturb_(
     if is_eager(w):
         _perturb_cpu(w, seed, scale, stream, offset, query, row_stride)
     else:
-        torch.ops.dlzo.perturb_(w, to_signed(seed), scale, stream, offset, query, row_stride)
+        numbers = (to_signed(seed), scale, stream, to_signed(offset), query, row_stride)
+        torch.ops.dlzo.perturb_(w, *numbers)
     return w
 
 
@@ -110,34 +114,17 @@ def perturb_into(
     if is_eager(out, base):
         _perturb_into_cpu(out, base, seed, scale, stream, offset, query, row_stride)
     else:
-        arguments = (to_signed(seed), scale, stream, offset, query, row_stride)
-        torch.ops.dlzo.perturb_into(out, base, *arguments)
+        numbers = (to_signed(seed), scale, stream, to_signed(offset), query, row_stride)
+        torch.ops.dlzo.perturb_into(out, base, *numbers)
     return out
 
 
-def _perturb_cpu(
-    w: Tensor,
-    seed: int,
-    scale: float,
-    stream: int,
-    offset: int,
-    query: int,
-    row_stride: int | None,
-) -> None:
+def _perturb_cpu(w: Tensor, *numbers: Any) -> None:
     check_writable("w", w)
-    _run(w, w, seed, scale, stream, offset, query, row_stride)
+    _run(w, w, *numbers)
 
 
-def _perturb_into_cpu(
-    out: Tensor,
-    base: Tensor,
-    seed: int,
-    scale: float,
-    stream: int,
-    offset: int,
-    query: int,
-    row_stride: int | None,
-) -> None:
+def _perturb_into_cpu(out: Tensor, base: Tensor, *numbers: Any) -> None:
     check_writable("out", out)
     check_tensor("base", base)
     if out.shape != base.shape:
@@ -147,7 +134,7 @@ def _perturb_into_cpu(
     same = out.data_ptr() == base.data_ptr() and out.stride() == base.stride()
     if overlap(out, base) and not (same and out.dtype == base.dtype):
         raise ValueError("out and base overlap in memory without being the same; clone base")
-    _run(out, base, seed, scale, stream, offset, query, row_stride)
+    _run(out, base, *numbers)
 
 
 def _run(
@@ -168,26 +155,7 @@ def _run(
     mark_written(out)
 
 
-@torch.library.register_fake("dlzo::perturb_", lib=LIBRARY)
-def _(
-    w: Tensor, seed: int, scale: float, stream: int, offset: int, query: int, row_stride: int | None
-) -> None:
-    return None
-
-
-@torch.library.register_fake("dlzo::perturb_into", lib=LIBRARY)
-def _(
-    out: Tensor,
-    base: Tensor,
-    seed: int,
-    scale: float,
-    stream: int,
-    offset: int,
-    query: int,
-    row_stride: int | None,
-) -> None:
-    return None
-
-
+register_silent_fake("perturb_")
+register_silent_fake("perturb_into")
 LIBRARY.impl("perturb_", _perturb_cpu, "CPU")
 LIBRARY.impl("perturb_into", _perturb_into_cpu, "CPU")

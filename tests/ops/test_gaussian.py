@@ -144,3 +144,9 @@ def test_inside_torch_compile():
         return gaussian((130,), seed, stream=1) * 2
 
     assert_same_bits(doubled(1 << 63), gaussian((130,), 1 << 63, stream=1) * 2)
+
+
+def test_the_operator_takes_64_bit_numbers_as_signed():
+    expected = gaussian((9,), (1 << 64) - 3, offset=(1 << 64) - 100)
+    got = torch.ops.dlzo.gaussian((9,), -3, 0, -100, 0, None, torch.float32, torch.device("cpu"))
+    assert_same_bits(got, expected)
