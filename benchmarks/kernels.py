@@ -16,7 +16,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -31,6 +30,7 @@ from dlzo_kernels import _C
 LAYER = 3_540_096  # parameters of a decoder layer of SmolLM2-135M
 LARGE = 1 << 26  # values that no cache holds
 ROUNDS = 15
+POOL_REPEATS = 30
 # 512-bit instructions per normal, counted in the disassembly of the AVX-512 fill; a core of AMD's
 # Zen 4 begins two of them per cycle, as four pipes of 256 bits.
 INSTRUCTIONS_PER_NORMAL = 62.5 / 16
@@ -92,10 +92,9 @@ class Limits:
         ]
         subprocess.run([*command, str(source)], check=True)
         self._library = ctypes.CDLL(library)
-        self._pool = ThreadPoolExecutor(2)
         self._library.clock_hz.restype = ctypes.c_double
         self._library.read_all.restype = ctypes.c_uint64
-        self._library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
     def scale_on_second_pool(self, x: Tensor, count: int) -> None:
         self._library.scale_on_second_pool(
@@ -107,12 +106,7 @@ class Limits:
 
     def read(self, x: Tensor, count: int) -> None:
         """Reads all of x on `count` threads."""
-        part = x.nbytes // count // 512 * 512
-        starts = [x.data_ptr() + i * part for i in range(count)]
-        if count == 1:
-            self._library.read_all(starts[0], part)
-            return
-        list(self._pool.map(lambda start: self._library.read_all(start, part), starts))
+        self._library.read_all(x.data_ptr(), x.nbytes // 512 * 512, count)
 
 
 class Results:
@@ -218,22 +212,24 @@ def bench_pools(results: Results, limits: Limits) -> None:
         "a second pool": lambda: limits.scale_on_second_pool(x, 2),
     }
 
-    def after_matmul(kernel: Run) -> None:
-        a @ a
-        kernel()
+    def repeat(*parts: Run) -> None:
+        for _ in range(POOL_REPEATS):
+            for part in parts:
+                part()
 
     with threads(2):
         for name, kernel in kernels.items():
             times = interleaved(
                 {
-                    "matmul": lambda: a @ a,
-                    "kernel": kernel,
-                    "both": lambda kernel=kernel: after_matmul(kernel),
+                    "matmul": lambda: repeat(lambda: a @ a),
+                    "kernel": lambda kernel=kernel: repeat(kernel),
+                    "both": lambda kernel=kernel: repeat(lambda: a @ a, kernel),
                 }
             )
             matmul, alone, both = (median(times[key]) for key in ("matmul", "kernel", "both"))
             slowdown = f"{both / (matmul + alone):.2f}"
-            results.add(f"matmul, then {name}", 2, count, times["both"], both_over_sum=slowdown)
+            elements = count * POOL_REPEATS
+            results.add(f"matmul, then {name}", 2, elements, times["both"], both_over_sum=slowdown)
 
 
 def bench_accumulate(results: Results) -> None:

@@ -20,15 +20,19 @@ double clock_hz(void) {
 }
 
 // Reads `bytes` bytes, a multiple of 512, and gives what they add up to.
-uint64_t read_all(const void* data, size_t bytes) {
+uint64_t read_all(const void* data, size_t bytes, int threads) {
   typedef uint64_t Vector __attribute__((vector_size(64)));
   const Vector* v = (const Vector*)data;
-  Vector sum[8] = {{0}};
-  for (size_t i = 0; i < bytes / 64; i += 8)
-    for (int j = 0; j < 8; j++) sum[j] += v[i + (size_t)j];
   uint64_t total = 0;
-  for (int j = 0; j < 8; j++)
-    for (int k = 0; k < 8; k++) total += sum[j][k];
+#pragma omp parallel for num_threads(threads) reduction(+ : total)
+  for (int part = 0; part < threads; part++) {
+    Vector sum[8] = {{0}};
+    const size_t groups = bytes / 512, end = groups * (size_t)(part + 1) / (size_t)threads;
+    for (size_t g = groups * (size_t)part / (size_t)threads; g < end; g++)
+      for (int j = 0; j < 8; j++) sum[j] += v[8 * g + (size_t)j];
+    for (int j = 0; j < 8; j++)
+      for (int k = 0; k < 8; k++) total += sum[j][k];
+  }
   return total;
 }
 

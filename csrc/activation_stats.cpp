@@ -14,7 +14,7 @@
 namespace dlzo::DLZO_ISA {
 
 constexpr int kPairs = kWidth / (2 * kLanes);  // pairs of vectors that hold them
-constexpr int kBlock = 32;                     // terms per lane summed in float32
+constexpr int kBlock = 64;                     // terms per lane summed in float32
 constexpr int kPivotRows = 16;                 // rows of a channel whose mean is its pivot
 constexpr float kLargest = 0x1p30f, kSmallest = 0x1p-20f;  // beyond these fourth powers overflow
 

@@ -42,7 +42,7 @@ def activation_stats(
 ) -> ActivationStats:
     """Maximum and moments of x in one pass over memory.
 
-    Sums of powers run in float32 over 32 terms about a local mean and in float64 from there on
+    Sums of powers run in float32 over 64 terms about a local mean and in float64 from there on
     (Pebay, SAND2008-6212). For finite x the relative error is at most 1e-5 for the variance and
     5e-5 for the kurtosis, and the mean's at most 1e-6 standard deviations plus one float32 ulp;
     large means and maxima (1e5 in bfloat16, 1e30 in float32) included. On the CPU the bits depend
