@@ -36,9 +36,24 @@ uint64_t read_all(const void* data, size_t bytes, int threads) {
   return total;
 }
 
-// Work on a second OpenMP pool, beside torch's own.
-void scale_on_second_pool(float* x, size_t count, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (size_t i = 0; i < count; i++)
-    for (int j = 0; j < 16; j++) x[i] = x[i] * 0.999f + 0.001f;
+// Work on any OpenMP runtime, by its entry points.
+struct Work {
+  float* x;
+  size_t count;
+  int threads;
+  int (*thread_number)(void);
+};
+
+static void scale_part(void* argument) {
+  const struct Work* work = argument;
+  const size_t part = (size_t)work->thread_number(), parts = (size_t)work->threads;
+  for (size_t i = work->count * part / parts; i < work->count * (part + 1) / parts; i++)
+    for (int j = 0; j < 16; j++) work->x[i] = work->x[i] * 0.999f + 0.001f;
+}
+
+void scale_on_pool(float* x, size_t count, int threads,
+                   void (*parallel)(void (*)(void*), void*, unsigned, unsigned),
+                   int (*thread_number)(void)) {
+  struct Work work = {x, count, threads, thread_number};
+  parallel(scale_part, &work, (unsigned)threads, 0);
 }
