@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from dlzo.files import replace_file
 from dlzo.models import load_model
 from dlzo.probe import probe
 from dlzo.trainer import TrainConfig, train
@@ -32,7 +33,8 @@ def measured(name: str, run: Any) -> dict[str, Any]:
     """The result called `name`: of its file, else of `run`."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        path.write_text(json.dumps(run(), indent=1) + "\n")
+        text = json.dumps(run(), indent=1) + "\n"
+        replace_file(path, lambda partial: partial.write_text(text))
     return json.loads(path.read_text())
 
 

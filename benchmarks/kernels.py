@@ -3,7 +3,7 @@
     python benchmarks/kernels.py --out benchmarks/results/kernels.csv
 
 Ratios are of medians of runs that alternate inside this process; nothing else may be running. The
-limits (clock, memory bandwidth) are measured in the same rounds by limits.c, which needs `cc`.
+limits (clock, memory bandwidth) are measured in the same run by limits.c, which needs `cc`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ Run = Callable[[], object]
 Times = dict[str, list[float]]
 
 
-def interleaved(runs: dict[str, Run]) -> Times:
-    """Seconds of ROUNDS runs of each, taken in turn after one to warm up."""
+def interleaved(runs: dict[str, Run], rounds: int = ROUNDS) -> Times:
+    """Seconds of `rounds` runs of each, taken in turn after one to warm up."""
     for run in runs.values():
         run()
     times: Times = {name: [] for name in runs}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
@@ -222,8 +222,8 @@ def bench_threads(results: Results) -> None:
 
 def bench_pools(results: Results, limits: Limits) -> None:
     """What a kernel costs between matmuls of torch: on torch's pool, and on a second one."""
-    count = 1 << 15
-    w, x, a = torch.randn(4 * count).bfloat16(), torch.randn(count), torch.randn(256, 256)
+    count = 1 << 17
+    w, x, a = torch.randn(count).bfloat16(), torch.randn(count), torch.randn(256, 256)
     kernels: dict[str, Run] = {"perturb_": lambda: dk.perturb_(w, 1, 1e-3)}
     for pool in ("torch's pool", "a second pool"):
         kernels[f"arithmetic on {pool}"] = lambda pool=pool: limits.scale_on(pool, x, 2)
@@ -254,10 +254,8 @@ def bench_accumulate(results: Results) -> None:
     seeds, scales = list(range(1000)), [1e-6] * 1000
     for count in (1, 2):
         with threads(count):
-            started = time.perf_counter()
-            dk.accumulate_(master, seeds, scales)
-            taken = time.perf_counter() - started
-        results.add("accumulate_ of 1,000 directions", count, LAYER * 1000, [taken] * 3)
+            times = interleaved({"all": lambda: dk.accumulate_(master, seeds, scales)}, rounds=5)
+        results.add("accumulate_ of 1,000 directions", count, LAYER * 1000, times["all"])
 
 
 def bench_stats(results: Results, limits: Limits) -> None:

@@ -73,6 +73,7 @@ class Sweep {
   static constexpr int kBitsLanes = sizeof(Bits) / sizeof(Int);
 
  public:
+  Sweep() = default;
   __attribute__((always_inline)) explicit Sweep(const float* pivots) {
     for (int p = 0; p < kPairs; p++) {
       for (int i = 0; i < 2; i++)
@@ -326,8 +327,7 @@ static void tiles_moments(const char* x, int64_t rows, int64_t step, int channel
   const char* data[kTiles];
   int64_t steps[kTiles];
   float pivots[kTiles][kWidth];
-  alignas(64) char sweeps[kTiles][sizeof(Sweep<dtype>)];
-  const auto sweep_of = [&](int t) { return reinterpret_cast<Sweep<dtype>*>(sweeps[t]); };
+  Sweep<dtype> sweeps[kTiles];
   const int all = tiles + (tail > 0);
   for (int t = 0; t < all; t++) {
     data[t] = x + t * kTile, steps[t] = step;
@@ -341,16 +341,15 @@ static void tiles_moments(const char* x, int64_t rows, int64_t step, int channel
     for (int64_t r = 0; r < first; r++)
       to_float32<dtype>(data[t] + r * steps[t], kWidth, values[r]);
     first_pivots(values, first, pivots[t]);
-    const Sweep<dtype> fresh(pivots[t]);
-    memcpy(sweeps[t], &fresh, sizeof fresh);
+    sweeps[t] = Sweep<dtype>(pivots[t]);
   }
   for (int64_t begin = 0; begin < rows; begin += kBlock)
     for (int t = 0; t < all; t++)
-      sweep_of(t)->add(data[t], begin, begin + kBlock < rows ? begin + kBlock : rows, steps[t]);
+      sweeps[t].add(data[t], begin, begin + kBlock < rows ? begin + kBlock : rows, steps[t]);
   for (int t = 0; t < all; t++) {
     const int width = t < tiles ? kWidth : tail;
     LaneSums lanes;
-    sweep_of(t)->finish(&lanes);
+    sweeps[t].finish(&lanes);
     Moments* out = result + t * kWidth;
     if (tile_moments<dtype>(data[t], rows, steps[t], width, lanes, pivots[t], out)) continue;
     Sweep<dtype> again(pivots[t]);

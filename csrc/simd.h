@@ -32,8 +32,6 @@ typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t U64 __attribute__((vector_size(4 * kLanes)));  // half as many lanes
 typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));  // half as many bytes
-typedef double F64Half __attribute__((vector_size(4 * kLanes)));
-typedef float F32Half __attribute__((vector_size(2 * kLanes)));
 
 // Rearranging bits between vector types costs no instruction.
 template <class To, class From>

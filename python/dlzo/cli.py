@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -128,7 +128,7 @@ def eval_command(
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
     if adapter is not None:
         load_adapter(loaded, adapter)
-    found = evaluate(loaded, tokenizer, task, data, _parse_split(split))
+    found = evaluate(loaded, tokenizer, task, data, cast(Split, split))
     console.print_json(json.dumps(found))
     if json_file is not None:
         _write_json(json_file, found)
@@ -186,13 +186,6 @@ def _parse_layer(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise UserError(f"layer is {text!r}: give its number or 'auto'") from None
-
-
-def _parse_split(text: str) -> Split:
-    for split in get_args(Split):
-        if text == split:
-            return split
-    raise UserError(f"split {text!r} is not known: choose one of {', '.join(get_args(Split))}")
 
 
 def _write_json(path: Path, value: object) -> None:
