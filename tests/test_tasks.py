@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dlzo.errors import UserError
 from dlzo.tasks import Example, get_task, load_split
@@ -16,9 +19,152 @@ def write(folder, text, split="train"):
     return path
 
 
-def test_sst2_is_mezos_prompt():
-    example = SST2.render({"sentence": "a fine film ", "label": 1})
-    assert example == Example("a fine film It was", (" terrible", " great"), 1)
+# One row of each task, and what MeZO makes of it.
+ROWS = {
+    "sst2": {"sentence": "a fine film ", "label": 1},
+    "rte": {"premise": "It rained.", "hypothesis": "It was wet.", "label": 0},
+    "cb": {"premise": "He may come. He said so.", "hypothesis": "he comes", "label": 2},
+    "boolq": {"passage": "Salt -- It dissolves.", "question": "does salt dissolve", "label": 1},
+    "wsc": {
+        "text": "Ann met Joan. She smiled.",
+        "span1_text": "Joan",
+        "span2_text": "She",
+        "label": 1,
+    },
+    "copa": {
+        "premise": "The man fell.",
+        "choice1": "The floor was wet.",
+        "choice2": "I caught him.",
+        "question": "cause",
+        "label": 0,
+    },
+    "multirc": {
+        "paragraph": "Tom sat.  He read. ",
+        "question": "Who sat?",
+        "answer": "Tom",
+        "label": 1,
+    },
+    "squad": {
+        "title": "Solar_energy",
+        "context": "It took\nnine years.",
+        "question": "How long did it take? ",
+        "answers": {"text": ["nine years", "9"], "answer_start": [8, 8]},
+    },
+    "drop": {
+        "passage": "Ten ran, two fell.",
+        "question": " How many stood?",
+        "answers_spans": {"spans": ["8", "eight"], "types": ["number", "number"]},
+    },
+}
+EXAMPLES = {
+    "sst2": Example("a fine film It was", (" terrible", " great"), 1),
+    "rte": Example(
+        'It rained.\nDoes this mean that "It was wet." is true? Yes or No?\n', ("Yes", "No"), 0
+    ),
+    "cb": Example(
+        'Suppose He may come. He said so. Can we infer that "he comes"? Yes, No, or Maybe?\n',
+        ("Yes", "No", "Maybe"),
+        2,
+    ),
+    "boolq": Example("Salt -- It dissolves. Does salt dissolve?\n", ("Yes", "No"), 0),
+    "wsc": Example(
+        "Ann met Joan. She smiled.\n"
+        'In the previous sentence, does the pronoun "she" refer to Joan? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "copa": Example("The man fell because ", ("the floor was wet.", "I caught him."), 0),
+    "multirc": Example(
+        "Tom sat.  He read. \nQuestion: Who sat?\n"
+        'I found this answer "Tom". Is that correct? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "squad": Example(
+        "Title: Solar_energy\nContext: It took\nnine years.\n"
+        "Question: How long did it take?\nAnswer:",
+        (" nine years\n",),
+        0,
+        ("nine years", "9"),
+    ),
+    "drop": Example(
+        "Passage: Ten ran, two fell.\nQuestion: How many stood?\nAnswer:",
+        (" 8\n",),
+        0,
+        ("8", "eight"),
+    ),
+}
+
+
+def read(folder, task, row):
+    write(folder, json.dumps(row) + "\n")
+    return load_split(get_task(task), folder, "train")
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_a_row_becomes_mezos_prompt(task, tmp_path):
+    assert read(tmp_path, task, ROWS[task]) == [EXAMPLES[task]]
+
+
+def test_training_loss_and_metric_are_mezos():
+    of_gold = {task for task in ROWS if get_task(task).loss == "gold"}
+    by_f1 = {task for task in ROWS if get_task(task).metric == "f1"}
+    assert of_gold == {"copa", "squad", "drop"}
+    assert by_f1 == {"squad", "drop"}
+
+
+def test_gold_only_keeps_the_gold_option():
+    example = Example("Why", (" a", " b", " c"), 1, ("b",))
+    assert example.gold_only() == Example("Why", (" b",), 0, ("b",))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "gold"),
+    [("label", 0, 1), ("label", 1, 0), ("answer", False, 1), ("answer", True, 0)],
+)
+def test_boolq_reads_superglues_label_and_the_hubs_answer(field, value, gold):
+    row = {"passage": "Salt.", "question": "is it", field: value}
+    assert get_task("boolq").render(row) == Example("Salt. Is it?\n", ("Yes", "No"), gold)
+
+
+@pytest.mark.parametrize(
+    ("question", "asked"),
+    [("is it?", "Is it?"), ("Is it", "Is it?"), ("élan or iron", "Élan or iron?"), ("", "?")],
+)
+def test_boolq_question_is_a_sentence(question, asked):
+    row = {"passage": "Salt.", "question": question, "label": 1}
+    assert get_task("boolq").render(row).prompt == f"Salt. {asked}\n"
+
+
+@pytest.mark.parametrize(
+    ("premise", "relation", "prompt"),
+    [
+        ("He fell.", "effect", "He fell so "),
+        ("He fell. ", "effect", "He fell so "),
+        ("He fell..", "cause", "He fell. because "),
+        ("Did he fall?", "cause", "Did he fall? because "),
+    ],
+)
+def test_copa_joins_premise_and_choice(premise, relation, prompt):
+    row = {**ROWS["copa"], "premise": premise, "question": relation}
+    assert get_task("copa").render(row).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("choice", "option"),
+    [
+        ("The ABC aired.", "the ABC aired."),
+        ("I ran.", "I ran."),
+        ("I", "I"),
+        ("It was I.", "it was I."),
+        ("Rain", "rain"),
+        # As in MeZO, also where the data has a space too many.
+        (" The sun", " The sun"),
+    ],
+)
+def test_copa_choice_goes_on_in_lower_case(choice, option):
+    row = {**ROWS["copa"], "choice2": choice}
+    assert get_task("copa").render(row).options == ("the floor was wet.", option)
 
 
 def test_load_split_keeps_the_order_and_ignores_blank_lines(tmp_path):
@@ -64,6 +210,7 @@ def test_empty_file_is_refused(tmp_path, text):
     ("line", "says"),
     [
         ('{"sentence": "cut off', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[1, 2]", "not a JSON object"),
         ('{"label": 1}', "no field 'sentence'"),
         ('{"sentence": "fine"}', "no field 'label'"),
@@ -81,6 +228,84 @@ def test_bad_row_is_refused_with_file_and_line(tmp_path, line, says):
     with pytest.raises(UserError, match=says) as caught:
         load_split(SST2, tmp_path, "train")
     assert f"{str(path)!r} line 3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value", "says"),
+    [
+        ("rte", "label", -1, "'label' must be an integer from 0 to 1, not -1"),
+        ("cb", "label", 3, "'label' must be an integer from 0 to 2, not 3"),
+        ("cb", "hypothesis", None, "'hypothesis' must be a string, not null"),
+        ("boolq", "label", 2, "'label' must be 0, 1, true or false, not 2"),
+        ("boolq", "label", 1.0, "'label' must be 0, 1, true or false, not 1.0"),
+        ("boolq", "label", "yes", "'label' must be 0, 1, true or false, not \"yes\""),
+        ("copa", "question", "why", '\'question\' must be "cause" or "effect", not "why"'),
+        ("copa", "question", [], '\'question\' must be "cause" or "effect", not []'),
+        ("multirc", "answer", 3, "'answer' must be a string, not 3"),
+        ("squad", "answers", {"text": []}, "'answers.text' must be a list of one string or more"),
+        ("squad", "answers", {"text": "nine"}, "'answers.text' must be a list of one string"),
+        ("squad", "answers", {"text": ["nine", 9]}, "'answers.text' must be a list of one string"),
+        ("squad", "answers", {"spans": ["nine"]}, "no field 'answers.text'"),
+        ("squad", "answers", ["nine"], "no field 'answers.text'"),
+        ("drop", "answers_spans", {"spans": []}, "'answers_spans.spans' must be a list"),
+    ],
+)
+def test_bad_field_is_refused_with_its_name(tmp_path, task, field, value, says):
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        read(tmp_path, task, {**ROWS[task], field: value})
+    assert "train.jsonl' line 1" in str(caught.value)
+
+
+NEEDED = [
+    (task, field)
+    for task, row in ROWS.items()
+    for field in row
+    if (task, field) != ("boolq", "label")
+]
+
+
+@pytest.mark.parametrize(("task", "field"), NEEDED)
+def test_every_field_of_a_row_is_needed(tmp_path, task, field):
+    row = {name: value for name, value in ROWS[task].items() if name != field}
+    with pytest.raises(UserError, match=rf"line 1 has no field '{field}\b.*'{task}'"):
+        read(tmp_path, task, row)
+
+
+def test_boolq_needs_one_of_two_labels(tmp_path):
+    with pytest.raises(UserError, match="no field 'label' or 'answer'"):
+        read(tmp_path, "boolq", {"passage": "Salt.", "question": "is it"})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda value: st.lists(value) | st.dictionaries(st.text(), value),
+    max_leaves=5,
+)
+
+
+@st.composite
+def changed_rows(draw):
+    """A task and one of its rows, some fields of which are lost or another value."""
+    task = draw(st.sampled_from(sorted(ROWS)))
+    values = JSON | st.sampled_from([0, 1, 2, True, "cause", {"text": ["9"]}, {"text": []}])
+    changes = st.dictionaries(st.sampled_from(sorted(ROWS[task])), values, max_size=2)
+    lost = draw(st.sets(st.sampled_from(sorted(ROWS[task])), max_size=1))
+    row = {**ROWS[task], **draw(changes)}
+    return task, json.dumps({name: row[name] for name in row if name not in lost})
+
+
+@given(changed_rows() | st.tuples(st.sampled_from(sorted(ROWS)), st.text() | JSON.map(json.dumps)))
+def test_any_line_is_an_example_or_an_error_that_names_it(tmp_path_factory, case):
+    task, line = case
+    folder = tmp_path_factory.getbasetemp()
+    write(folder, line.encode(errors="surrogatepass") + b"\n")
+    try:
+        (*_, example) = load_split(get_task(task), folder, "train")
+    except UserError as error:
+        assert "train.jsonl" in str(error)
+    else:
+        assert 0 <= example.gold < len(example.options)
+        assert bool(example.answers) == (get_task(task).metric == "f1")
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
