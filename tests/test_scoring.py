@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from threading import Thread
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
-from dlzo.scoring import Scorer
+from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example
 from tiny import CONFIGS, byte_tokenizer, tiny_model
 
@@ -18,14 +20,22 @@ EXAMPLES = [
     Example("bad It was", SENTIMENT, 0),
     Example("so so ! It was", SENTIMENT, 0),
     Example("It was late , so", (" she left", " he", " nobody came at all"), 2),
+    Example("It was late , so late", (" indeed", " it was"), 0),
 ]
 # In float32 the order of sums differs with the shapes: a few units in the last place of scores
 # around 8.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 
+def tolerance(family, dtype):
+    # Their softmax is float32 in any dtype.
+    if family in ("gemma2", "bloom"):
+        return max(1e-6, TOLERANCE[dtype])
+    return TOLERANCE[dtype]
+
+
 class Shift:
-    """A step whose two states add to and take from every weight, exactly undone."""
+    """States that add to and take from every weight of a layer, exactly undone."""
 
     def __init__(self, layer, by=1 / 16):
         self.parameters = list(layer.parameters())
@@ -44,11 +54,9 @@ class Shift:
                 for parameter, old in zip(self.parameters, kept, strict=True):
                     parameter.copy_(old)
 
-    def plus(self):
-        return self.shifted(self.by)
-
-    def minus(self):
-        return self.shifted(-self.by)
+    @property
+    def states(self):
+        return [partial(self.shifted, by) for by in (self.by, -self.by, self.by / 2)]
 
 
 @torch.no_grad()
@@ -64,11 +72,20 @@ def plain_scores(model, tokenizer, example):
     return torch.stack(scores)
 
 
-def plain_loss(model, tokenizer, examples):
-    losses = [
-        F.cross_entropy(plain_scores(model, tokenizer, e), torch.tensor(e.gold)) for e in examples
+def plain_loss(model, tokenizer, examples, loss="options"):
+    scores = [plain_scores(model, tokenizer, example) for example in examples]
+    if loss == "options":
+        losses = [
+            F.cross_entropy(s, torch.tensor(e.gold)) for s, e in zip(scores, examples, strict=True)
+        ]
+        return torch.stack(losses).mean().item()
+    tokens = [
+        len(tokenizer((e.prompt + e.options[e.gold]).strip(" ")).input_ids)
+        - len(tokenizer(e.prompt.strip(" ")).input_ids)
+        for e in examples
     ]
-    return torch.stack(losses).mean().item()
+    gold = [s[e.gold].item() * n for s, e, n in zip(scores, examples, tokens, strict=True)]
+    return -sum(gold) / sum(tokens)
 
 
 @pytest.mark.parametrize("row_tokens", [60, 1000])
@@ -78,44 +95,93 @@ def plain_loss(model, tokenizer, examples):
 def test_scores_equal_one_by_one_forwards(family, dtype, words, row_tokens):
     model, tokenizer = tiny_model(family, dtype), byte_tokenizer(*words)
     scorer = Scorer(model, tokenizer, row_tokens=row_tokens)
-    scores = scorer.scores(scorer.encode(EXAMPLES))
+    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
     assert scores.dtype == dtype
     for found, example in zip(scores, EXAMPLES, strict=True):
         expected = plain_scores(model, tokenizer, example)
-        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=TOLERANCE[dtype])
+        atol = tolerance(family, dtype)
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=atol)
         assert (found[len(expected) :] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
+@pytest.mark.parametrize("loss", ["options", "gold"])
 @pytest.mark.parametrize("layer_index", [0, 3])
 @pytest.mark.parametrize("row_tokens", [60, 1000])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_two_point_losses_equal_two_plain_passes(family, dtype, row_tokens, layer_index):
+def test_losses_equal_plain_passes(family, dtype, row_tokens, layer_index, loss, cached):
     model, tokenizer = tiny_model(family, dtype), byte_tokenizer()
     layer = decoder_layers(model)[layer_index]
-    scorer = Scorer(model, tokenizer, layer, row_tokens=row_tokens)
-    step = Shift(layer)
-    plus, minus = scorer.two_point_losses(step, scorer.encode(EXAMPLES))
-    with step.plus():
-        expected_plus = plain_loss(model, tokenizer, EXAMPLES)
-    with step.minus():
-        expected_minus = plain_loss(model, tokenizer, EXAMPLES)
-    assert plus == pytest.approx(expected_plus, abs=TOLERANCE[dtype])
-    assert minus == pytest.approx(expected_minus, abs=TOLERANCE[dtype])
-    assert abs(plus - minus) > 100 * TOLERANCE[dtype]
+    cache = PrefixCache(1 << 20)
+    scorer = Scorer(model, tokenizer, layer, loss=loss, cache=cache, row_tokens=row_tokens)
+    batch = scorer.encode(EXAMPLES)
+    if cached:
+        scorer.cache_prefixes(batch)
+    assert (cache.used_bytes > 0) == (cached and layer_index > 0)
+    states = Shift(layer).states
+    losses = scorer.losses(scorer.plan(batch), states)
+    expected = []
+    for state in states:
+        with state():
+            expected.append(plain_loss(model, tokenizer, EXAMPLES, loss))
+    assert losses == pytest.approx(expected, abs=tolerance(family, dtype))
+    assert abs(losses[0] - losses[1]) > 30 * tolerance(family, dtype)
 
 
-def test_layers_below_run_once_and_layers_above_on_both_states():
+def test_what_each_architecture_allows():
+    problems = {}
+    for family in CONFIGS:
+        model = tiny_model(family)
+        layer = decoder_layers(model)[1]
+        scorer = Scorer(model, byte_tokenizer(), layer, cache=PrefixCache(1 << 20))
+        found = (scorer.trees_problem, scorer.states_problem, scorer.cache_problem)
+        problems[family] = [problem is not None for problem in found]
+    # Bloom takes no attention from outside, and its biases are made for one batch size.
+    assert problems.pop("bloom") == [True, True, False]
+    assert all(found == [False, False, False] for found in problems.values())
+
+
+def test_a_mask_that_is_no_window_is_noticed(monkeypatch):
+    model = tiny_model()
+    forward = model.model.layers[0].self_attn.forward
+
+    def with_sinks(*args, **kwargs):
+        return forward(*args, **kwargs, s_aux=torch.zeros(4))
+
+    monkeypatch.setattr(model.model.layers[0].self_attn, "forward", with_sinks)
+    scorer = Scorer(model, byte_tokenizer())
+    assert "s_aux" in scorer.trees_problem
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    assert "s_aux" in plan.explain()
+    assert all(pack.trees is None for pack in plan.packs)
+
+
+def test_layers_below_run_once_and_layers_above_on_all_states():
     model, tokenizer = tiny_model(), byte_tokenizer()
     layers = decoder_layers(model)
-    scorer = Scorer(model, tokenizer, layers[1])
+    scorer = Scorer(model, tokenizer, layers[1], cache=PrefixCache(1 << 20))
     batch = scorer.encode(EXAMPLES)
+    plan = scorer.plan(batch)
     seen = []
-    for layer in (layers[0], layers[2]):
-        layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-    scorer.two_point_losses(Shift(layers[1]), batch)
-    tokens = sum(len(sequence) for example in batch for sequence in example.sequences)
-    assert seen == [(1, tokens), (2, tokens)]
+    layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    layers[2].mlp.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    scorer.losses(plan, Shift(layers[1]).states)
+    assert seen == [(1, plan.positions), (3, plan.positions)]
+    scorer.cache_prefixes(batch)
+    seen.clear()
+    scorer.losses(scorer.plan(batch), Shift(layers[1]).states)
+    assert seen == [(3, plan.positions)]
+
+
+def test_shared_prefixes_are_computed_once():
+    scorer = Scorer(tiny_model(), byte_tokenizer())
+    plan = scorer.plan(scorer.encode(EXAMPLES[3:]))
+    texts = ["It was late , so" + o for o in (" she lef", " h", " nobody came at al")]
+    texts += ["It was late , so late" + o for o in (" indee", " it wa")]
+    prefixes = {text[:n] for text in texts for n in range(1, len(text) + 1)}
+    assert plan.positions == len(prefixes)
+    assert plan.padded_positions == 5 * len("It was late , so nobody came at all")
 
 
 def test_head_sees_the_scored_positions_only():
@@ -124,8 +190,53 @@ def test_head_sees_the_scored_positions_only():
     batch = scorer.encode(EXAMPLES[:3])
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
-    scorer.scores(batch)
-    assert seen == [(1, 6, model.config.vocab_size)]
+    scorer.scores(scorer.plan(batch))
+    # One token each, so the common normaliser and with it all other logits can be left out.
+    scorer.losses(scorer.plan(batch))
+    assert seen == [(1, 3, model.config.vocab_size), (1, 3, 2)]
+
+
+def test_a_plan_serves_many_steps():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    layer = decoder_layers(model)[1]
+    scorer = Scorer(model, tokenizer, layer, cache=PrefixCache(1 << 20))
+    batch = scorer.encode(EXAMPLES)
+    plan = scorer.plan(batch)
+    cold = scorer.losses(plan, Shift(layer).states)
+    scorer.cache_prefixes(batch)
+    assert scorer.losses(plan, Shift(layer).states) == pytest.approx(cold, abs=1e-6)
+    with torch.no_grad():
+        decoder_layers(model)[0].mlp.down_proj.weight.mul_(2)
+    # What was cached is of other weights now.
+    fresh = Scorer(model, tokenizer, layer).losses(plan, Shift(layer).states)
+    assert scorer.losses(plan, Shift(layer).states) == pytest.approx(fresh, abs=1e-6)
+    assert fresh != pytest.approx(cold, abs=1e-3)
+
+
+def test_loss_sums_of_shares_add_up():
+    model, tokenizer = tiny_model(dtype=torch.float64), byte_tokenizer()
+    layer = decoder_layers(model)[1]
+    for loss in ("options", "gold"):
+        scorer = Scorer(model, tokenizer, layer, loss=loss)
+        batch = scorer.encode(EXAMPLES)
+        states = Shift(layer).states
+        (a, a_weight), (b, b_weight), (whole, weight) = (
+            scorer.loss_sums(scorer.plan(part), states) for part in (batch[:2], batch[2:], batch)
+        )
+        assert a_weight + b_weight == weight
+        assert [x + y for x, y in zip(a, b, strict=True)] == pytest.approx(whole, abs=1e-12)
+
+
+def test_plan_explains_itself():
+    model, tokenizer = tiny_model(), byte_tokenizer(*SENTIMENT)
+    scorer = Scorer(model, tokenizer, decoder_layers(model)[1], cache=PrefixCache(1 << 20))
+    batch = scorer.encode(EXAMPLES[:3])
+    scorer.cache_prefixes(batch[:2])
+    text = scorer.plan(batch).explain()
+    assert "3 examples, 6 options, 3 distinct sequences of 59 tokens" in text
+    assert "59 positions in 2 forwards; a plain padded batch has 216" in text
+    assert "the option tokens' rows at 3 positions" in text
+    assert "cache for 2 sequences" in text
 
 
 def test_options_of_one_token_share_the_prompt():
@@ -137,24 +248,19 @@ def test_options_of_one_token_share_the_prompt():
     assert len(apart.sequences) == 2
 
 
-def test_packing_is_used_only_where_sequences_are_kept_apart():
-    packed = {family: Scorer(tiny_model(family), byte_tokenizer()).packed for family in CONFIGS}
-    # OPT's causal mask looks at no position ids.
-    assert packed == {"llama": True, "qwen3": True, "mistral": True, "gpt2": True, "opt": False}
-
-
 def test_sixteen_bit_models_have_float32_logits_for_the_options():
     model = tiny_model(dtype=torch.bfloat16)
     tokenizer = byte_tokenizer(*SENTIMENT)
     scorer = Scorer(model, tokenizer)
     batch = scorer.encode(EXAMPLES[:3])
     seen = []
-    model.lm_head.register_forward_hook(lambda _, args, out: seen.append(args[0][0].float()))
-    scores = scorer.scores(batch)
+    model.model.norm.register_forward_hook(lambda _, args, out: seen.append(out[0].float()))
+    (scores,) = scorer.scores(scorer.plan(batch))
     weights = model.lm_head.weight.detach().float()
     terrible, great = weights[tokenizer.convert_tokens_to_ids(list(SENTIMENT))]
-    # Two rows for each example, one for each option, of the same hidden state.
-    expected = seen[0][::2] @ (great - terrible)
+    readout = scorer.plan(batch).readouts[0]
+    expected = (seen[0] @ (great - terrible))[readout.column]
+    expected = expected[readout.position[readout.option.argsort()[::2]]]
     # The model's own bfloat16 logits are off by 100 times more.
     torch.testing.assert_close(scores[:, 1] - scores[:, 0], expected, rtol=0, atol=1e-5)
 
@@ -162,7 +268,7 @@ def test_sixteen_bit_models_have_float32_logits_for_the_options():
 def test_evaluate_counts_hits_and_takes_the_mean_loss():
     model, tokenizer = tiny_model(), byte_tokenizer()
     scorer = Scorer(model, tokenizer)
-    accuracy, loss = scorer.evaluate(scorer.encode(EXAMPLES))
+    accuracy, loss = scorer.evaluate(scorer.plan(scorer.encode(EXAMPLES)))
     hits = [plain_scores(model, tokenizer, e).argmax().item() == e.gold for e in EXAMPLES]
     assert accuracy == sum(hits) / len(hits)
     assert loss == pytest.approx(plain_loss(model, tokenizer, EXAMPLES), abs=1e-5)
@@ -205,32 +311,50 @@ def test_an_option_that_cannot_be_scored_is_refused(example):
         Scorer(tiny_model(), byte_tokenizer()).encode([example])
 
 
-def test_layer_is_put_back_after_an_error():
+def test_model_is_put_back_after_an_error():
     model = tiny_model()
     layer = decoder_layers(model)[1]
     scorer = Scorer(model, byte_tokenizer(), layer)
-    batch = scorer.encode(EXAMPLES)
+    plan = scorer.plan(scorer.encode(EXAMPLES))
 
-    class Failing(Shift):
-        def minus(self):
-            raise KeyboardInterrupt
+    def failing():
+        raise KeyboardInterrupt
 
-    before = scorer.scores(batch)
+    before = scorer.scores(plan)
     with pytest.raises(KeyboardInterrupt):
-        scorer.two_point_losses(Failing(layer), batch)
-    assert "forward" not in vars(layer)
-    assert not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
-    assert torch.equal(scorer.scores(batch), before)
+        scorer.losses(plan, [nullcontext, failing])
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(scorer.scores(plan), before)
 
 
 def test_a_layer_outside_the_model_is_refused():
-    scorer = Scorer(tiny_model(), byte_tokenizer(), torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="one hidden state per token and state"):
-        scorer.two_point_losses(Shift(scorer.layer), scorer.encode(EXAMPLES))
+    with pytest.raises(UserError, match="Linear outside the model"):
+        Scorer(tiny_model(), byte_tokenizer(), torch.nn.Linear(2, 2))
 
 
 def test_dropout_is_off():
     model = tiny_model("gpt2").train()
     scorer = Scorer(model, byte_tokenizer())
-    batch = scorer.encode(EXAMPLES)
-    assert torch.equal(scorer.scores(batch), scorer.scores(batch))
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    assert torch.equal(scorer.scores(plan), scorer.scores(plan))
+
+
+def test_threads_take_turns_at_a_model():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    layers = decoder_layers(model)
+    scorers = [Scorer(model, tokenizer, layers[i]) for i in (1, 2)]
+    plans = [scorer.plan(scorer.encode(EXAMPLES)) for scorer in scorers]
+    states = [Shift(scorer.layer).states for scorer in scorers]
+    expected = [s.losses(p, st) for s, p, st in zip(scorers, plans, states, strict=True)]
+    found = [[], []]
+
+    def score(i):
+        found[i] = [scorers[i].losses(plans[i], states[i]) for _ in range(20)]
+
+    threads = [Thread(target=score, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[expected[0]] * 20, [expected[1]] * 20]

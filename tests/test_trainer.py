@@ -132,7 +132,7 @@ def test_the_best_weights_are_kept_not_the_last(data, tmp_path, monkeypatch):
     found = iter([(0.5, 1.0), (0.5, 9.0), (0.6, 0.5), (0.9, 0.7), (0.7, 0.6)])
     seen = []
 
-    def scripted(scorer, batch):
+    def scripted(scorer, plan):
         seen.append(state(scorer.model))
         return next(found)
 
@@ -155,14 +155,14 @@ def test_the_probe_finds_the_layer(data, tmp_path, monkeypatch):
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch):
-    two_point_losses = trainer.Scorer.two_point_losses
+    losses = trainer.Scorer.losses
     calls = iter(range(100))
 
-    def sometimes_nan(scorer, step, batch):
-        plus, minus = two_point_losses(scorer, step, batch)
+    def sometimes_nan(scorer, plan, states):
+        plus, minus = losses(scorer, plan, states)
         return (float("nan") if next(calls) in (0, 3) else plus), minus
 
-    monkeypatch.setattr(trainer.Scorer, "two_point_losses", sometimes_nan)
+    monkeypatch.setattr(trainer.Scorer, "losses", sometimes_nan)
     metrics = train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
     assert metrics["skipped"] == 2
     assert [e.get("train_loss") is None for e in metrics["history"][1:]] == [

@@ -6,10 +6,15 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -32,6 +37,21 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON, **_LLAMA),
     "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA),
     "mistral": lambda: MistralConfig(**_COMMON, **_LLAMA, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(
+        **_COMMON,
+        **_LLAMA,
+        sliding_window=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=10.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_COMMON, **_LLAMA, sliding_window=8, query_pre_attn_scalar=8, sliding_window_pattern=2
+    ),
+    "olmo2": lambda: Olmo2Config(**_COMMON, **{k: v for k, v in _LLAMA.items() if k != "head_dim"}),
+    "phi": lambda: PhiConfig(
+        **_COMMON, **{k: v for k, v in _LLAMA.items() if k != "head_dim"}, partial_rotary_factor=0.5
+    ),
     "gpt2": lambda: GPT2Config(
         **_COMMON, n_embd=32, n_layer=4, n_head=4, n_positions=256, initializer_range=0.2
     ),
@@ -44,6 +64,10 @@ CONFIGS = {
         num_attention_heads=4,
         max_position_embeddings=256,
         init_std=0.2,
+    ),
+    # Its attention has biases by distance and takes no function from outside.
+    "bloom": lambda: BloomConfig(
+        **_COMMON, hidden_size=32, n_layer=4, n_head=4, initializer_range=0.2
     ),
 }
 

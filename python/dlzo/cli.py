@@ -87,6 +87,12 @@ def train_command(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
     seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     eval_every: Annotated[int, typer.Option(help="Steps per validation.")] = _DEFAULTS.eval_every,
+    prefix_cache_mb: Annotated[
+        int, typer.Option(help="Memory for what lies below the tuned layer, 10^6 bytes.")
+    ] = _DEFAULTS.prefix_cache_mb,
+    prefix_cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder for what does not fit into it.")
+    ] = None,
     dtype: Dtype = "bfloat16",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     plot: Plot = None,
@@ -102,6 +108,8 @@ def train_command(
         lr=lr,
         seed=seed,
         eval_every=eval_every,
+        prefix_cache_mb=prefix_cache_mb,
+        prefix_cache_dir=None if prefix_cache_dir is None else str(prefix_cache_dir),
     )
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
     with _progress(steps) as on_progress:

@@ -34,7 +34,7 @@ def probabilities(
 ) -> list[float]:
     """The model's probability of each example's last option, among its options."""
     scorer = Scorer(model, tokenizer)
-    return scorer.scores(scorer.encode(examples)).softmax(dim=-1)[:, -1].tolist()
+    return scorer.scores(scorer.plan(scorer.encode(examples)))[0].softmax(dim=-1)[:, -1].tolist()
 
 
 def before_and_after(

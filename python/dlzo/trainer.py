@@ -25,12 +25,13 @@ from dlzo.adapter import CONFIG_FILE, dtype_name, layer_fingerprint, save_adapte
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.probe import probe
-from dlzo.scoring import EncodedExample, Scorer
+from dlzo.scoring import EncodedExample, PrefixCache, Scorer
 from dlzo.tasks import Split, get_task, load_split
 from dlzo_kernels import zo_step
 
 METHODS = ("dominant",)
 METRICS_FILE = "metrics.json"
+_LEAST = {"steps": 1, "batch_size": 1, "eval_every": 1, "seed": 0, "prefix_cache_mb": 0}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class TrainConfig:
             7 billion, 1e-7 to 5e-6.
         seed: fixes the order of the examples and every perturbation.
         eval_every: steps from one validation to the next; the last step is always validated.
+        prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
+            change; 0 computes them anew at each step.
+        prefix_cache_dir: folder for those beyond it, found again by later runs; None keeps none.
 
     Raises:
         UserError: a value is out of its range.
@@ -62,11 +66,13 @@ class TrainConfig:
     lr: float = 3e-4
     seed: int = 0
     eval_every: int = 100
+    prefix_cache_mb: int = 1000
+    prefix_cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
-        for name, least in {"steps": 1, "batch_size": 1, "eval_every": 1, "seed": 0}.items():
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
         if self.seed >= 1 << 63:
@@ -169,14 +175,22 @@ def train(
             "examples to train on: give a smaller batch"
         )
     layer_index = _find_layer(model, tokenizer, config.layer)
-    scorer = Scorer(model, tokenizer, decoder_layers(model)[layer_index])
+    cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
+    layer = decoder_layers(model)[layer_index]
+    scorer = Scorer(model, tokenizer, layer, loss=task.loss, cache=cache)
+    if task.loss == "gold":
+        examples["train"] = [example.gold_only() for example in examples["train"]]
     encoded = {split: scorer.encode(rows) for split, rows in examples.items()}
-    zero_shot = _evaluate(scorer, encoded["test"])
+    # Without the cache, as in `evaluate`: the same bits.
+    test_scorer = Scorer(model, tokenizer, loss=task.loss)
+    zero_shot = _evaluate(test_scorer, encoded["test"])
     if zero_shot["loss"] is None:
         raise UserError(
             f"the loss of model {model.name_or_path!r} in {dtype_name(model)} is not finite: load "
             "it in another dtype"
         )
+    drawn = _drawn(config, len(encoded["train"]))
+    scorer.cache_prefixes([encoded["train"][i] for i in drawn] + encoded["validation"])
     test = None
     with _stage(out) as stage:
         run = _Run(model, scorer, layer_index, config, encoded, stage)
@@ -186,7 +200,7 @@ def train(
                 run.step(step)
                 on_progress(run.history[-1])
             run.restore_best()
-            test = _evaluate(scorer, encoded["test"])
+            test = _evaluate(test_scorer, encoded["test"])
         except KeyboardInterrupt:
             if run.best["step"] == 0 and out.exists():
                 raise
@@ -211,8 +225,9 @@ def evaluate(
     Raises:
         UserError: the task is not known or the data cannot be read.
     """
-    examples = load_split(get_task(task), data_dir, split)
-    scorer = Scorer(model, tokenizer)
+    task_ = get_task(task)
+    examples = load_split(task_, data_dir, split)
+    scorer = Scorer(model, tokenizer, loss=task_.loss)
     return _evaluate(scorer, scorer.encode(examples))
 
 
@@ -250,7 +265,7 @@ class _Run:
         batch = [train_set[i] for i in indices]
         started = time.perf_counter()
         zo = zo_step(self.layer, step_seed(config.seed, step), config.eps, config.lr)
-        losses = self.scorer.two_point_losses(zo, batch)
+        losses = self.scorer.losses(self.scorer.plan(batch), [zo.plus, zo.minus])
         result = zo.update(*losses)
         self.step_ms.append(1e3 * (time.perf_counter() - started))
         self.skipped += not result.applied
@@ -339,6 +354,13 @@ def batch_indices(seed: int, step: int, size: int, batch_size: int) -> Sequence[
     return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
+def _drawn(config: TrainConfig, size: int) -> list[int]:
+    """The examples that the run draws in its first epoch, or in all its steps if they are fewer."""
+    steps = range(1, min(config.steps, size // config.batch_size) + 1)
+    drawn = {i for n in steps for i in batch_indices(config.seed, n, size, config.batch_size)}
+    return sorted(drawn)
+
+
 def _find_layer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int | None
 ) -> int:
@@ -357,7 +379,7 @@ def _find_layer(
 
 
 def _evaluate(scorer: Scorer, examples: Sequence[EncodedExample]) -> Evaluation:
-    accuracy, loss = scorer.evaluate(examples)
+    accuracy, loss = scorer.evaluate(scorer.plan(examples))
     return {"accuracy": accuracy, "loss": _finite_or_none(loss)}
 
 

@@ -1,0 +1,107 @@
+"""A model's forward, led past what is known and stopped at what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlzo.errors import UserError
+
+State = Callable[[], AbstractContextManager[object]]
+
+
+class ReachedLayerError(Exception):
+    """Ends a forward at a layer; carries the layer's input."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Lets the module compute something else."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def under_states(
+    layer: nn.Module, states: Sequence[State], hidden: Tensor | None
+) -> AbstractContextManager[None]:
+    """Makes `layer` map a batch to its outputs under all states, one after the other.
+
+    Args:
+        layer: The tuned decoder layer.
+        states: Each puts the layer's weights into one state.
+        hidden: What the layer sees in place of its input; None leaves its input.
+    """
+    forward = layer.forward
+
+    def under_each(*args: Any, **kwargs: Any) -> Any:
+        shared = [name for name, value in kwargs.items() if isinstance(value, MutableMapping)]
+        if shared and len(states) > 1:
+            raise UserError(
+                f"the tuned layer shares {shared[0]!r} with other layers, so that its states "
+                "cannot run side by side: choose another model"
+            )
+        if hidden is not None:
+            args, kwargs = _with_input(hidden, args, kwargs)
+        outputs = []
+        for state in states:
+            with state():
+                outputs.append(forward(*args, **kwargs))
+        return _stack(outputs)
+
+    return replaced_forward(layer, under_each)
+
+
+def stopped_at(layer: nn.Module) -> AbstractContextManager[None]:
+    """Makes `layer` raise ReachedLayerError with its input."""
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise ReachedLayerError(args[0] if args else kwargs["hidden_states"])
+
+    return replaced_forward(layer, stop)
+
+
+def passed_by(layer: nn.Module, beside: tuple[None, ...] | None) -> AbstractContextManager[None]:
+    """Makes `layer` give back its input, with what it gives beside it; None: a tensor alone."""
+
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if beside is None else (hidden, *beside)
+
+    return replaced_forward(layer, pass_on)
+
+
+def _with_input(
+    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden.to(args[0].device), *args[1:]), kwargs
+    device = kwargs["hidden_states"].device
+    return args, {**kwargs, "hidden_states": hidden.to(device)}
+
+
+def _stack(outputs: Sequence[Any]) -> Any:
+    """Joins outputs of a layer, tensors or tuples of tensors, in the batch dimension."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(outputs)) if len(outputs) > 1 else first
+    if isinstance(first, tuple):
+        return tuple(_stack(parts) for parts in zip(*outputs, strict=True))
+    if all(output is None for output in outputs):
+        return None
+    raise UserError(
+        f"a decoder layer gives a {type(first).__name__}, not a tensor: choose another model"
+    )

@@ -1,0 +1,133 @@
+"""The tuned layer's inputs, kept from step to step: what lies below the layer never changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dlzo.errors import UserError
+from dlzo.files import replace_file
+from dlzo.models import decoder_layers
+from dlzo.scoring.layout import Tokens
+
+
+class PrefixCache:
+    """Hidden states by token sequence: in memory up to a budget, in files beyond it.
+
+    What is in never leaves: with texts in random order each is asked for once an epoch, so no other
+    policy would hit more often.
+
+    Args:
+        memory_bytes: The most memory for hidden states.
+        folder: Where those beyond it are written, and found again by later runs; None keeps none.
+    """
+
+    def __init__(self, memory_bytes: int, folder: str | Path | None = None) -> None:
+        self.memory_bytes = memory_bytes
+        self.folder = None if folder is None else Path(folder)
+        self.used_bytes = 0
+        self._fingerprint = ""
+        self._kept: dict[Tokens, Tensor] = {}
+
+    def bind(self, fingerprint: str) -> None:
+        """Says which frozen weights the hidden states come from; others' are forgotten."""
+        if fingerprint != self._fingerprint:
+            self._fingerprint, self._kept, self.used_bytes = fingerprint, {}, 0
+
+    def __contains__(self, tokens: Tokens) -> bool:
+        return tokens in self._kept or (self.folder is not None and self._path(tokens).is_file())
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many bytes more would be kept."""
+        return self.folder is not None or self.used_bytes + nbytes <= self.memory_bytes
+
+    def put(self, tokens: Tokens, hidden: Tensor) -> None:
+        """Keeps the hidden states of a sequence, shape (tokens, hidden size), where there is room.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        if self.used_bytes + hidden.nbytes <= self.memory_bytes:
+            self._kept[tokens] = hidden
+            self.used_bytes += hidden.nbytes
+        elif self.folder is not None:
+            self._write(self._path(tokens), hidden)
+
+    def get(self, tokens: Tokens) -> Tensor:
+        """The hidden states of a sequence that is in the cache.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        return self._kept[tokens] if tokens in self._kept else self._read(self._path(tokens))
+
+    def _path(self, tokens: Tokens) -> Path:
+        text = f"{self._fingerprint} {tokens}"
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+
+    def _write(self, path: Path, hidden: Tensor) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, lambda partial: save_file({"hidden": hidden}, partial))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the prefix cache {str(self.folder)!r} cannot be written ({error}): free some "
+                "space or choose another folder"
+            ) from error
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            return load_file(path)["hidden"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{str(path)!r} of the prefix cache cannot be read ({error}): delete it"
+            ) from error
+
+
+class FrozenWeights:
+    """Everything of a model that its tuned layer's input can depend on."""
+
+    def __init__(self, model: PreTrainedModel, layer: nn.Module) -> None:
+        self._model = model
+        self._layer = layer
+        self._seen: list[tuple[int, int]] = []
+        self._fingerprint = ""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, the configuration and the version of torch.
+
+        It is computed anew when a weight has been written by an operation or replaced; writing
+        through `Tensor.data` goes unseen, as in autograd.
+        """
+        parameters = list(self._parameters())
+        seen = [(p.data_ptr(), 0 if p.is_inference() else p._version) for _, p in parameters]
+        if seen != self._seen:
+            self._fingerprint = self._digest(parameters)
+            self._seen = seen
+        return self._fingerprint
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        layers = decoder_layers(self._model)
+        own = list(layers).index(self._layer)
+        above = {id(p) for layer in layers[own:] for p in layer.parameters()}
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) not in above:
+                yield name, parameter
+
+    def _digest(self, parameters: list[tuple[str, Tensor]]) -> str:
+        config = json.dumps(self._model.config.to_diff_dict(), sort_keys=True, default=str)
+        # Another torch may round sums otherwise.
+        digest = hashlib.sha256(f"{config} {torch.__version__}".encode())
+        for name, parameter in parameters:
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            flat = parameter.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy())
+        return digest.hexdigest()

@@ -1,0 +1,480 @@
+"""The scorer: what a plan says, run through a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers
+from dlzo.scoring.attention import UnsupportedAttentionError, attend_within
+from dlzo.scoring.encoding import MAX_LENGTH, EncodedExample, Option, encode
+from dlzo.scoring.forward import (
+    ReachedLayerError,
+    State,
+    passed_by,
+    replaced_forward,
+    stopped_at,
+    under_states,
+)
+from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
+from dlzo.scoring.prefix import FrozenWeights, PrefixCache
+from dlzo.tasks import Example, TrainingLoss
+
+# Enough for matrix products at full speed, and few enough for the caches of a core.
+ROW_TOKENS = 512
+# How far two ways to the same mean log-probability may lie apart in a model that allows both.
+_CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.1}
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Readout:
+    """Where the scored tokens of a pack lie: int64 tensors.
+
+    `row` and `column` give the distinct positions whose output is read; the other three, with one
+    entry a token, its position among these, its id and the number of its option in the batch.
+    """
+
+    row: Tensor
+    column: Tensor
+    position: Tensor
+    target: Tensor
+    option: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is scored; made by `Scorer.plan`, good for any number of steps.
+
+    Attributes:
+        batch: the examples.
+        packs: the inputs of the forwards, one each.
+        readouts: where the scored tokens of each pack lie.
+        notes: what is shared, and what this model does not allow.
+    """
+
+    batch: tuple[EncodedExample, ...]
+    packs: tuple[Pack, ...]
+    readouts: tuple[_Readout, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def positions(self) -> int:
+        """Positions that a layer computes under one state, padding included."""
+        return sum(pack.positions for pack in self.packs)
+
+    @property
+    def padded_positions(self) -> int:
+        """Positions of the plain loop: a row for each option's whole text, all padded alike."""
+        lengths = [
+            len(example.sequences[option.sequence]) + 1
+            for example in self.batch
+            for option in example.options
+        ]
+        return max(lengths) * len(lengths)
+
+    @property
+    def one_token_options(self) -> bool:
+        """Whether the options of each example are single tokens at one position.
+
+        Then their common normaliser has no effect on losses and choices.
+        """
+        return all(
+            len(example.sequences) == 1 and all(len(o.targets) == 1 for o in example.options)
+            for example in self.batch
+        )
+
+    def explain(self) -> str:
+        """What is computed, and what is shared, in a few lines."""
+        tokens = sum(len(tokens) for pack in self.packs for tokens in pack.places)
+        options = sum(len(example.options) for example in self.batch)
+        head = sum(len(readout.row) for readout in self.readouts)
+        rows = "the option tokens' rows" if self.one_token_options else "all rows"
+        return "\n".join(
+            (
+                f"{len(self.batch)} examples, {options} options, "
+                f"{sum(len(pack.places) for pack in self.packs)} distinct sequences of {tokens} "
+                f"tokens",
+                f"{self.positions} positions in {len(self.packs)} forwards; a plain padded batch "
+                f"has {self.padded_positions}",
+                f"output embeddings: {rows} at {head} positions",
+                *self.notes,
+            )
+        )
+
+
+class Scorer:
+    """Scores examples with a causal language model, under any number of states of one layer.
+
+    Where the architecture allows, the sequences of a batch lie end to end in one row, as trees of
+    shared prefixes, with no padding; else in rows of their own, padded on the right, where a causal
+    model never sees the padding. What lies below the tuned layer runs once for all states, or comes
+    from a cache; what lies above runs on all states side by side. What an architecture allows is
+    found by scoring a few tokens both ways.
+
+    Args:
+        model: Any decoder-only transformers model; it is set to evaluation mode.
+        tokenizer: Its tokenizer.
+        layer: The tuned decoder layer; None where only the model as it is gets scored.
+        loss: "options": cross-entropy over the options' mean log-probabilities; "gold": mean
+            cross-entropy over the tokens of all gold options (MeZO, arXiv 2305.17333).
+        cache: Keeps the tuned layer's inputs; filled by `cache_prefixes`.
+        row_tokens: The most tokens in one forward, unless a single tree is larger.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer: nn.Module | None = None,
+        *,
+        loss: TrainingLoss = "options",
+        cache: PrefixCache | None = None,
+        row_tokens: int = ROW_TOKENS,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.layer = layer
+        self.loss = loss
+        self.row_tokens = row_tokens
+        self.max_length = min(
+            MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH)
+        )
+        self.cache: PrefixCache | None = None
+        self.trees_problem: str | None = None
+        self.states_problem: str | None = None
+        self.cache_problem: str | None = "no cache was given"
+        self._lock = _locks.setdefault(model, threading.RLock())
+        self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
+        self._head = model.get_output_embeddings()
+        self._frozen = FrozenWeights(model, layer)
+        self._below: list[tuple[nn.Module, tuple[None, ...] | None]] = []
+        self._find_what_is_allowed(cache)
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """The examples as tokens, by MeZO's rule: texts are stripped of spaces only.
+
+        Raises:
+            UserError: an option has no token of its own, or leaves none of the prompt.
+        """
+        return [encode(self.tokenizer, example, self.max_length) for example in examples]
+
+    def plan(self, batch: Sequence[EncodedExample]) -> Plan:
+        """How the batch will be scored. Sequences in the cache get packs of their own."""
+        sequences = {tokens for example in batch for tokens in example.sequences}
+        cached: set[Tokens] = set()
+        if self.cache is not None:
+            self._bind_cache()
+            cached = {tokens for tokens in sequences if tokens in self.cache}
+        packs = (*self._lay_out(cached), *self._lay_out(sequences - cached))
+        return _plan(batch, packs, self._notes(len(cached)))
+
+    def scores(self, plan: Plan, states: Sequence[State] = ()) -> Tensor:
+        """The options' mean log-probabilities under each state, or under the weights as they are.
+
+        Shape (states, examples, most options of an example), on the CPU, float32 (float64 for a
+        float64 model), -inf where an example has fewer options.
+        """
+        return self._scores(plan, states, normalised=True)
+
+    def losses(self, plan: Plan, states: Sequence[State] = ()) -> list[float]:
+        """The batch's loss under each state, or under the weights as they are."""
+        sums, weight = self.loss_sums(plan, states)
+        return [total / weight for total in sums]
+
+    def loss_sums(self, plan: Plan, states: Sequence[State] = ()) -> tuple[list[float], int]:
+        """The loss as a sum under each state, and what it is to be divided by.
+
+        The sum goes over examples for the loss "options", over tokens for "gold"; so the parts of a
+        batch add up.
+        """
+        return self._loss_sums(self._scores(plan, states, self._needs_normaliser(plan)), plan)
+
+    def evaluate(self, plan: Plan) -> tuple[float, float]:
+        """(accuracy, loss): share of right argmaxes, and the loss.
+
+        Of equal scores the first option counts.
+        """
+        scores = self._scores(plan, (), self._needs_normaliser(plan))
+        hits = scores[0].argmax(dim=-1) == _gold(plan.batch)
+        (total,), weight = self._loss_sums(scores, plan)
+        return hits.double().mean().item(), total / weight
+
+    @torch.inference_mode()
+    def cache_prefixes(self, examples: Sequence[EncodedExample]) -> None:
+        """Puts the tuned layer's inputs for these examples into the cache, while there is room.
+
+        The same examples leave the same bits there, whatever is scored or was cached before.
+
+        Raises:
+            UserError: the cache's folder cannot be written.
+        """
+        if self.cache is None:
+            return
+        with self._lock:
+            self._bind_cache()
+            sequences = {tokens for example in examples for tokens in example.sequences}
+            for pack in self._lay_out(sequences):
+                missing = [tokens for tokens in pack.places if tokens not in self.cache]
+                values = sum(map(len, missing)) * self._hidden_size
+                if not self.cache.has_room(values * self.model.dtype.itemsize):
+                    break
+                hidden = self._layer_input(pack) if missing else None
+                for tokens in missing:
+                    row, columns = pack.places[tokens]
+                    self.cache.put(tokens, hidden[row, columns])
+
+    def _needs_normaliser(self, plan: Plan) -> bool:
+        return self.loss == "gold" or not plan.one_token_options
+
+    def _loss_sums(self, scores: Tensor, plan: Plan) -> tuple[list[float], int]:
+        gold = _gold(plan.batch)
+        scores = scores.double()
+        if self.loss == "options":
+            sums = [F.cross_entropy(by_example, gold, reduction="sum") for by_example in scores]
+            return [total.item() for total in sums], len(gold)
+        tokens = torch.tensor([len(e.options[e.gold].targets) for e in plan.batch])
+        means = scores[:, torch.arange(len(gold)), gold]
+        return (-(means * tokens).sum(-1)).tolist(), int(tokens.sum())
+
+    def _lay_out(self, sequences: set[Tokens]) -> Iterator[Pack]:
+        if self.trees_problem is None:
+            return pack_trees(grow_trees(sequences, self._hidden_size), self.row_tokens)
+        return pad_rows(sequences, self.row_tokens)
+
+    def _notes(self, cached: int) -> Iterator[str]:
+        if self.trees_problem is None:
+            yield "packed without padding, shared prefixes once"
+        else:
+            yield f"padded on the right, nothing shared: {self.trees_problem}"
+        if self.layer is None:
+            return
+        if self.states_problem is None:
+            yield "tuned layer under each state; above it the states side by side"
+        else:
+            yield f"a whole forward for each state: {self.states_problem}"
+        if self.cache_problem is None:
+            yield f"layers below the tuned one: from the cache for {cached} sequences, else once"
+        else:
+            yield f"layers below the tuned one: not cached: {self.cache_problem}"
+
+    @torch.inference_mode()
+    def _scores(self, plan: Plan, states: Sequence[State], normalised: bool) -> Tensor:
+        """`scores`; if not `normalised`, less a constant for each example and state."""
+        with self._lock:
+            if self.cache is not None:
+                self._bind_cache()
+            parts = [
+                self._log_probs(pack, readout, states, normalised, self._cached_input(pack))
+                for pack, readout in zip(plan.packs, plan.readouts, strict=True)
+            ]
+        log_probs = torch.cat(parts, dim=-1)
+        option = torch.cat([readout.option for readout in plan.readouts])
+        option_count = sum(len(example.options) for example in plan.batch)
+        sums = log_probs.new_zeros(len(log_probs), option_count).index_add_(1, option, log_probs)
+        means = sums / torch.bincount(option, minlength=option_count)
+        width = max(len(example.options) for example in plan.batch)
+        present = torch.tensor([[i < len(e.options) for i in range(width)] for e in plan.batch])
+        scores = means.new_full((len(means), *present.shape), -torch.inf)
+        scores[:, present] = means
+        return scores
+
+    def _log_probs(
+        self,
+        pack: Pack,
+        readout: _Readout,
+        states: Sequence[State],
+        normalised: bool,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Log-probabilities of the scored tokens on the CPU: shape (states, scored tokens)."""
+        if len(states) > 1 and self.states_problem is not None:
+            each = [self._log_probs(pack, readout, [s], normalised, hidden) for s in states]
+            return torch.cat(each)
+        # Without the normaliser, the option tokens' rows of the output embeddings are enough.
+        restricted = not normalised and isinstance(self._head, nn.Linear)
+        vocabulary, column = readout.target.unique(return_inverse=True)
+        state_count = max(1, len(states))
+        with ExitStack() as stack:
+            stack.enter_context(self._head_at(pack, readout, state_count, vocabulary, restricted))
+            if states or hidden is not None:
+                stack.enter_context(under_states(self.layer, states or [nullcontext], hidden))
+            if hidden is not None:
+                for layer, beside in self._below:
+                    stack.enter_context(passed_by(layer, beside))
+            logits = self._forward(pack).logits
+        if logits.shape[:-1] != (1, state_count * len(readout.row)):
+            raise self._unsupported("does not apply its output embeddings once to all tokens")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits[0].unflatten(0, (state_count, -1)).cpu()
+        found = logits[:, readout.position, column if restricted else readout.target]
+        if restricted:
+            return found
+        return found - logits.logsumexp(-1)[:, readout.position]
+
+    def _head_at(
+        self, pack: Pack, readout: _Readout, states: int, vocabulary: Tensor, restricted: bool
+    ) -> AbstractContextManager[None]:
+        """Lets the model apply its head to the read positions only, and sharper.
+
+        The logits have shape (1, states * positions, vocabulary size), those of the token ids in
+        `vocabulary` computed in float32 at least: bfloat16 rounds a logit of 16 to a multiple of
+        1/8, more than a step changes it. `restricted` leaves all others out.
+        """
+        head, own_forward = self._head, self._head.forward
+        shape = (states * len(pack.inputs["input_ids"]), pack.inputs["input_ids"].shape[1])
+
+        def logits_at(hidden: Tensor) -> Tensor:
+            if hidden.shape[:2] != shape:
+                raise self._unsupported("does not keep one hidden state per token and state")
+            hidden = hidden.unflatten(0, (states, -1))[:, readout.row, readout.column]
+            hidden = hidden.flatten(0, 1)[None]
+            if not isinstance(head, nn.Linear):
+                return own_forward(hidden)
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            bias = None if head.bias is None else head.bias[vocabulary].to(dtype)
+            exact = F.linear(hidden.to(dtype), head.weight[vocabulary].to(dtype), bias)
+            if restricted:
+                return exact
+            logits = own_forward(hidden).to(dtype)
+            logits[..., vocabulary] = exact
+            return logits
+
+        return replaced_forward(head, logits_at)
+
+    def _forward(self, pack: Pack) -> Any:
+        inputs = {name: tensor.to(self.model.device) for name, tensor in pack.inputs.items()}
+        if pack.trees is None:
+            return self.model(**inputs, use_cache=False)
+        with attend_within(self.model, pack.trees):
+            return self.model(**inputs, use_cache=False)
+
+    def _layer_input(self, pack: Pack) -> Tensor:
+        """What the tuned layer sees: shape (rows, length, hidden size)."""
+        with stopped_at(self.layer):
+            try:
+                self._forward(pack)
+            except ReachedLayerError as reached:
+                return reached.hidden.cpu()
+        raise self._unsupported("does not run the tuned layer")
+
+    def _bind_cache(self) -> None:
+        self.cache.bind(self._frozen.fingerprint())
+
+    def _cached_input(self, pack: Pack) -> Tensor | None:
+        """The tuned layer's input if all of it is cached: shape (rows, length, hidden size)."""
+        if self.cache is None or not all(tokens in self.cache for tokens in pack.places):
+            return None
+        shape = (*pack.inputs["input_ids"].shape, self._hidden_size)
+        hidden = torch.zeros(shape, dtype=self.model.dtype)
+        for tokens, (row, columns) in pack.places.items():
+            hidden[row, columns] = self.cache.get(tokens)
+        return hidden
+
+    @torch.inference_mode()
+    def _find_what_is_allowed(self, cache: PrefixCache | None) -> None:
+        """Scores a few tokens in the plainest way and in the better ones."""
+        first, second = tuple(range(12)), (*range(8), *range(20, 26))
+        batch = [
+            EncodedExample((first, second), (Option(0, first[-4:]), Option(1, second[-4:])), 0)
+        ]
+        plain = _plan(batch, pad_rows((first, second), row_tokens=1))
+        expected = self._scores(plain, (), normalised=True)
+        best = _plan(batch, self._lay_out({first, second}))
+        self.trees_problem = self._problem(best, (), expected)
+        if self.layer is None:
+            return
+        if not any(module is self.layer for module in self.model.modules()):
+            raise UserError(
+                f"the tuned layer is a {type(self.layer).__name__} outside the model: give one of "
+                "its decoder layers"
+            )
+        best = _plan(batch, self._lay_out({first, second}))
+        self.states_problem = self._problem(best, (nullcontext, nullcontext), expected)
+        if cache is not None:
+            self.cache_problem = self._find_whether_to_cache(best, expected)
+            self.cache = cache if self.cache_problem is None else None
+
+    def _find_whether_to_cache(self, plan: Plan, expected: Tensor) -> str | None:
+        """Why the tuned layer's input cannot come from a cache; None if it can."""
+        layers = list(decoder_layers(self.model))
+        below = layers[: layers.index(self.layer)] if self.layer in layers else []
+        if not below:
+            return "no decoder layer lies below the tuned one"
+        outputs: dict[nn.Module, Any] = {}
+        handles = [
+            layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output}))
+            for layer in below
+        ]
+        try:
+            self._scores(plan, (), normalised=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._below = [(layer, _beside(outputs[layer])) for layer in below]
+        self.cache = PrefixCache(memory_bytes=1 << 30)
+        self.cache_prefixes(plan.batch)
+        return self._problem(plan, (nullcontext,), expected)
+
+    def _problem(self, plan: Plan, states: Sequence[State], expected: Tensor) -> str | None:
+        """How the plan's scores differ from those expected, None if they do not."""
+        try:
+            found = self._scores(plan, states, normalised=True)
+        # What the many models raise where they are led off their beaten track.
+        except (UnsupportedAttentionError, UserError, RuntimeError, ValueError, TypeError) as error:
+            return f"{type(self.model).__name__} does not allow it ({error})"
+        distance = (found - expected).abs().max().item()
+        if distance <= _CLOSE[self.model.dtype.itemsize]:
+            return None
+        return f"{type(self.model).__name__} would score otherwise, by {distance:.1g}"
+
+    def _unsupported(self, what: str) -> UserError:
+        return UserError(f"{type(self.model).__name__} {what}: choose a decoder-only model")
+
+
+def _beside(output: Any) -> tuple[None, ...] | None:
+    """What stands beside the hidden state in a decoder layer's output, left empty; None if bare."""
+    return (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+
+
+def _plan(
+    batch: Sequence[EncodedExample], packs: Iterable[Pack], notes: Iterable[str] = ()
+) -> Plan:
+    packs = tuple(packs)
+    return Plan(tuple(batch), packs, tuple(_readouts(batch, packs)), tuple(notes))
+
+
+def _readouts(batch: Sequence[EncodedExample], packs: Sequence[Pack]) -> Iterator[_Readout]:
+    """Where each pack's scored tokens lie; options are numbered through the batch, in order."""
+    number = count()
+    options: dict[Tokens, list[tuple[int, tuple[int, ...]]]] = {}
+    for example in batch:
+        for sequence, targets in example.options:
+            options.setdefault(example.sequences[sequence], []).append((next(number), targets))
+    for pack in packs:
+        scored = [
+            (row, column, target, option)
+            for tokens, (row, columns) in pack.places.items()
+            for option, targets in options[tokens]
+            for column, target in zip(columns[-len(targets) :].tolist(), targets, strict=True)
+        ]
+        places = {(row, column): None for row, column, _, _ in scored}
+        index = {place: i for i, place in enumerate(places)}
+        row, column = torch.tensor(list(places)).unbind(-1)
+        position = torch.tensor([index[row, column] for row, column, _, _ in scored])
+        yield _Readout(row, column, position, *torch.tensor(scored)[:, 2:].unbind(-1))
+
+
+def _gold(batch: Sequence[EncodedExample]) -> Tensor:
+    return torch.tensor([example.gold for example in batch])

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers
+from dlzo.scoring import PrefixCache, Scorer
+from dlzo.tasks import Example
+from tiny import byte_tokenizer, tiny_model
+
+EXAMPLES = [Example(f"{text} It was", (" bad", " good"), 0) for text in ("a", "bc", "def", "gh")]
+ROW_BYTES = 32 * 4
+
+
+def cached_scorer(cache, family="llama", layer=2, row_tokens=16):
+    model = tiny_model(family)
+    return Scorer(
+        model,
+        byte_tokenizer(),
+        decoder_layers(model)[layer],
+        cache=cache,
+        row_tokens=row_tokens,
+    )
+
+
+def test_hidden_states_are_those_of_the_layers_input():
+    cache = PrefixCache(1 << 20)
+    scorer = cached_scorer(cache)
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    for tokens in {tokens for example in batch for tokens in example.sequences}:
+        with torch.no_grad():
+            states = scorer.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(cache.get(tokens), states[2][0], rtol=0, atol=1e-5)
+
+
+def test_memory_stays_within_the_budget():
+    cache = PrefixCache(40 * ROW_BYTES)
+    scorer = cached_scorer(cache)
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    kept = [t for example in batch for t in example.sequences if t in cache]
+    assert 0 < cache.used_bytes == sum(map(len, kept)) * ROW_BYTES <= cache.memory_bytes
+    assert len(kept) < sum(len(example.sequences) for example in batch)
+
+
+def test_what_is_cached_has_the_same_bits_in_any_order(tmp_path):
+    batch = cached_scorer(None).encode(EXAMPLES)
+    whole, reverse, pieces = PrefixCache(1 << 20), PrefixCache(1 << 20), PrefixCache(0, tmp_path)
+    cached_scorer(whole).cache_prefixes(batch)
+    cached_scorer(reverse).cache_prefixes(batch[::-1])
+    cached_scorer(pieces).cache_prefixes(batch)
+    lost = sorted(tmp_path.iterdir())[::2]
+    for path in lost:
+        path.unlink()
+    cached_scorer(pieces).cache_prefixes(batch)
+    for tokens in {tokens for example in batch for tokens in example.sequences}:
+        assert torch.equal(whole.get(tokens), reverse.get(tokens))
+        assert torch.equal(whole.get(tokens), pieces.get(tokens))
+
+
+def test_beyond_the_budget_files_are_found_again_by_a_later_run(tmp_path):
+    cache = PrefixCache(10 * ROW_BYTES, tmp_path / "new")
+    scorer = cached_scorer(cache)
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    sequences = {tokens for example in batch for tokens in example.sequences}
+    assert cache.used_bytes <= 10 * ROW_BYTES
+    assert all(tokens in cache for tokens in sequences)
+    later = PrefixCache(0, tmp_path / "new")
+    expected = scorer.losses(scorer.plan(batch))
+    assert cached_scorer(later).losses(scorer.plan(batch)) == pytest.approx(expected, abs=1e-6)
+    assert sum(tokens in later for tokens in sequences) == len(list((tmp_path / "new").iterdir()))
+
+
+@pytest.mark.parametrize("other", ["family", "layer", "weights"])
+def test_hidden_states_of_other_weights_are_never_used(tmp_path, other):
+    scorer = cached_scorer(PrefixCache(0, tmp_path))
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    later = PrefixCache(0, tmp_path)
+    changed = {"family": {"family": "qwen3"}, "layer": {"layer": 3}, "weights": {}}[other]
+    scorer = cached_scorer(later, **changed)
+    if other == "weights":
+        with torch.no_grad():
+            scorer.model.model.embed_tokens.weight[-1, -1] += 1
+    scorer.plan(batch)
+    assert not any(tokens in later for example in batch for tokens in example.sequences)
+
+
+def test_tuning_the_layer_leaves_the_cache_good():
+    cache = PrefixCache(1 << 20)
+    scorer = cached_scorer(cache)
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    with torch.no_grad():
+        for parameter in scorer.layer.parameters():
+            parameter.mul_(1.5)
+    cached = scorer.losses(scorer.plan(batch))
+    cold = Scorer(scorer.model, scorer.tokenizer, scorer.layer)
+    assert cached == pytest.approx(cold.losses(cold.plan(batch)), abs=1e-6)
+    assert cache.used_bytes > 0
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    scorer = cached_scorer(PrefixCache(0, tmp_path))
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    path = sorted(tmp_path.iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{path.name}.*delete it"):
+        scorer.losses(scorer.plan(batch))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    scorer = cached_scorer(PrefixCache(0, tmp_path / "file"))
+    with pytest.raises(UserError, match=r"prefix cache .* cannot be written"):
+        scorer.cache_prefixes(scorer.encode(EXAMPLES))
