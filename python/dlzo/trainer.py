@@ -220,7 +220,7 @@ def evaluate(
     data_dir: str | Path,
     split: Split = "test",
 ) -> Evaluation:
-    """Scores a model as it is on one split of a task's data: the same bits as in a run's metrics.
+    """Scores a model as it is on one split of a task's data: of "test", the same bits as in a run.
 
     Raises:
         UserError: the task is not known or the data cannot be read.
