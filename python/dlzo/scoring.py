@@ -100,9 +100,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.layer = layer
         self.row_tokens = row_tokens
-        self.max_length = min(
-            MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH)
-        )
+        self.max_length = max_length(model)
         self.packed = _keeps_packed_sequences_apart(model)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
@@ -126,17 +124,10 @@ class Scorer:
                     f"{len(tokens)} tokens: option and prompt need at least one each, and the "
                     f"option fewer than {self.max_length}"
                 )
-            tokens = self._truncate(tokens)
+            tokens = truncate(tokens, self.max_length, self.tokenizer)
             sequence = sequences.setdefault(tuple(tokens[:-1]), len(sequences))
             options.append(Option(sequence, tuple(tokens[-length:])))
         return EncodedExample(tuple(sequences), tuple(options), example.gold)
-
-    def _truncate(self, tokens: list[int]) -> list[int]:
-        if len(tokens) <= self.max_length:
-            return tokens
-        # As in MeZO, a beginning-of-sequence token stays in front of what is left.
-        kept = int(tokens[0] == self.tokenizer.bos_token_id)
-        return tokens[:kept] + tokens[kept - self.max_length :]
 
     def scores(self, batch: Sequence[EncodedExample]) -> Tensor:
         """The options' mean log-probabilities.
@@ -265,6 +256,19 @@ class Scorer:
 
     def _unsupported(self, what: str) -> UserError:
         return UserError(f"{type(self.model).__name__} {what}: choose a decoder-only model")
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """The most tokens of a text: MeZO's limit, or the model's own where that is lower."""
+    return min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+
+
+def truncate(tokens: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The last `length` tokens; as in MeZO, a beginning-of-sequence token stays in front."""
+    if len(tokens) <= length:
+        return tokens
+    kept = int(tokens[0] == tokenizer.bos_token_id)
+    return tokens[:kept] + tokens[len(tokens) - length + kept :]
 
 
 def _sequences(batch: Sequence[EncodedExample]) -> list[_Sequence]:
