@@ -16,7 +16,7 @@ from tiny import byte_tokenizer, tiny_model
 
 
 def load_baseline():
-    # With benchmarks/ on sys.path, transformers would take its kernels.py for the Hub's `kernels`.
+    # With its folder on sys.path, transformers would import kernels.py for the Hub's `kernels`.
     path = Path(__file__).parents[1] / "benchmarks" / "mezo.py"
     spec = importlib.util.spec_from_file_location("mezo", path)
     sys.modules["mezo"] = module = importlib.util.module_from_spec(spec)
