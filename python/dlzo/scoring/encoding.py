@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
 from dlzo.tasks import Example
@@ -35,9 +35,9 @@ class EncodedExample:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int = MAX_LENGTH
+    tokenizer: PreTrainedTokenizerBase, example: Example, limit: int = MAX_LENGTH
 ) -> EncodedExample:
-    """The example as tokens: prompt and texts are stripped of spaces only.
+    """The example as tokens: prompt and texts are stripped of spaces only, cut to `limit`.
 
     Raises:
         UserError: an option has no token of its own, or leaves none of the prompt.
@@ -48,21 +48,26 @@ def encode(
     for option in example.options:
         tokens = tokenizer((example.prompt + option).strip(" ")).input_ids
         length = len(tokens) - prompt_length
-        if not 0 < length < min(len(tokens), max_length):
+        if not 0 < length < min(len(tokens), limit):
             raise UserError(
                 f"option {option!r} of the prompt {example.prompt[:60]!r} takes {length} of "
                 f"{len(tokens)} tokens: option and prompt need at least one each, and the "
-                f"option fewer than {max_length}"
+                f"option fewer than {limit}"
             )
-        tokens = _truncate(tokens, max_length, tokenizer.bos_token_id)
+        tokens = truncate(tokens, limit, tokenizer)
         sequence = sequences.setdefault(tuple(tokens[:-1]), len(sequences))
         options.append(Option(sequence, tuple(tokens[-length:])))
     return EncodedExample(tuple(sequences), tuple(options), example.gold)
 
 
-def _truncate(tokens: list[int], max_length: int, bos_token_id: int | None) -> list[int]:
-    if len(tokens) <= max_length:
+def max_length(model: PreTrainedModel) -> int:
+    """The most tokens of a text: MeZO's limit, or the model's own where that is lower."""
+    return min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+
+
+def truncate(tokens: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The last `length` tokens; as in MeZO, a beginning-of-sequence token stays in front."""
+    if len(tokens) <= length:
         return tokens
-    # As in MeZO, a beginning-of-sequence token stays in front of what is left.
-    kept = int(tokens[0] == bos_token_id)
-    return tokens[:kept] + tokens[kept - max_length :]
+    kept = int(tokens[0] == tokenizer.bos_token_id)
+    return tokens[:kept] + tokens[len(tokens) - length + kept :]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.scoring.attention import UnsupportedAttentionError, attend_within
-from dlzo.scoring.encoding import MAX_LENGTH, EncodedExample, Option, encode
+from dlzo.scoring.encoding import EncodedExample, Option, encode, max_length
 from dlzo.scoring.forward import (
     ReachedLayerError,
     State,
@@ -148,9 +148,7 @@ class Scorer:
         self.layer = layer
         self.loss = loss
         self.row_tokens = row_tokens
-        self.max_length = min(
-            MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH)
-        )
+        self.max_length = max_length(model)
         self.cache: PrefixCache | None = None
         self.trees_problem: str | None = None
         self.states_problem: str | None = None
