@@ -1,0 +1,249 @@
+"""A zeroth-order step of one layer against MeZO's step on the whole model, on the nine tasks.
+
+    python benchmarks/speed.py --data DIR
+
+DIR holds a folder for each task with its train.jsonl. The model is SmolLM2-135M-Instruct
+(de-quantised Q4_1), the batch 16 rows in the order that training draws them, another one in each
+round. A round runs every variant once, in turn; nothing else may be running. Each time is appended
+to results/speed.csv and not measured again, so a run that was stopped goes on; the table
+(results/speed_table.csv) and the figure are made of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from matplotlib.figure import Figure
+from mezo import Batch, batch_loss, encode_batch, mezo_step
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dlzo.models import decoder_layers, load_model, parse_dtype
+from dlzo.scoring import PrefixCache, Scorer
+from dlzo.tasks import Example, get_task, load_split
+from dlzo.trainer import batch_indices, step_seed
+from dlzo_kernels import perturb_, zo_step
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TIMES, TABLE = RESULTS / "speed.csv", RESULTS / "speed_table.csv"
+FIGURE = ROOT / "docs" / "speed.png"
+TASKS = ("copa", "sst2", "wsc", "rte", "cb", "boolq", "squad", "multirc", "drop")
+DTYPES = ("bfloat16", "float32")
+LAYER = 11  # of SmolLM2-135M, found by `dlzo probe`
+BATCH_SIZE = 16
+EPS, LR = 1e-3, 1e-6
+FIELDS = ("dtype", "task", "round", "variant", "ms", "positions")
+PAPER = 4.52  # the paper's best figure (COPA, LLaMA2-7B; arXiv 2606.05516)
+
+Step = Callable[[], object]
+
+
+class Contestants:
+    """The variants of a step, each on the batch that it is given.
+
+    MeZO's own and ours work on two copies of the model: MeZO's leaves its weights changed.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.plain, self.tokenizer = load_model("smollm2", dtype=parse_dtype(dtype))
+        self.model, _ = load_model("smollm2", dtype=parse_dtype(dtype))
+        self.layer = decoder_layers(self.model)[LAYER]
+
+    def steps(self, task: str, examples: list[Example], seed: int) -> Iterator[tuple[str, Step]]:
+        """(variant, step) in turn; what a step needs is made before it is handed out."""
+        training_loss = get_task(task).loss
+        padded = encode_batch(self.plain, self.tokenizer, examples, training_loss)
+        plain, batch = self.plain, padded
+        yield "two_inferences", lambda: (forward(plain, batch), forward(plain, batch))
+        yield (
+            "mezo",
+            lambda: mezo_step(plain, lambda: batch_loss(plain, batch), eps=EPS, lr=LR, seed=seed),
+        )
+        yield "mezo_our_kernels", lambda: mezo_step_with_kernels(plain, batch, seed)
+        yield (
+            "one_layer_plain_loop",
+            lambda: zo_step(
+                self.layer, seed, EPS, LR, closure=lambda: batch_loss(self.model, batch)
+            ),
+        )
+        if training_loss == "gold":
+            examples = [example.gold_only() for example in examples]
+        for variant, cache in (("ours_cold", None), ("ours_cached", PrefixCache(1 << 31))):
+            scorer = Scorer(self.model, self.tokenizer, self.layer, loss=training_loss, cache=cache)
+            encoded = scorer.encode(examples)
+            scorer.cache_prefixes(encoded)
+            yield variant, lambda: our_step(scorer, encoded, seed)  # noqa: B023
+
+
+def our_step(scorer: Scorer, encoded: list, seed: int) -> None:
+    """The step of `dlzo train`."""
+    step = zo_step(scorer.layer, seed, EPS, LR)
+    step.update(*scorer.losses(scorer.plan(encoded), [step.plus, step.minus]))
+
+
+@torch.inference_mode()
+def forward(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """A plain inference: all logits of the padded batch."""
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
+def mezo_step_with_kernels(model: PreTrainedModel, batch: Batch, seed: int) -> None:
+    """MeZO's four passes over all weights and two plain losses, with noise made on the fly."""
+    parameters = list(model.parameters())
+
+    def perturb(scale: float) -> None:
+        for stream, parameter in enumerate(parameters):
+            perturb_(parameter.detach(), seed, scale, stream=stream)
+
+    perturb(EPS)
+    plus = batch_loss(model, batch)
+    perturb(-2 * EPS)
+    minus = batch_loss(model, batch)
+    perturb(EPS)
+    perturb(-LR * ((plus - minus) / (2 * EPS)).item())
+
+
+def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int) -> None:
+    """Runs what is not yet in TIMES."""
+    done = {tuple(row[name] for name in FIELDS[:4]) for row in read_times()}
+    for dtype in dtypes:
+        contestants = Contestants(dtype)
+        warm: set[str] = set()
+        for task in tasks:
+            rows = load_split(get_task(task), data / task, "train")
+            for number in range(1, rounds + 1):
+                chosen = batch_indices(0, number, len(rows), BATCH_SIZE)
+                examples = [rows[i] for i in chosen]
+                for variant, step in contestants.steps(task, examples, step_seed(0, number)):
+                    if (dtype, task, str(number), variant) in done:
+                        continue
+                    if variant not in warm:
+                        step()
+                        warm.add(variant)
+                    started = time.perf_counter()
+                    step()
+                    ms = 1e3 * (time.perf_counter() - started)
+                    positions = computed(contestants, task, examples, variant)
+                    append(dtype, task, number, variant, f"{ms:.1f}", positions)
+
+
+def computed(contestants: Contestants, task: str, examples: list[Example], variant: str) -> int:
+    """Token positions that a layer above the tuned one computes for one state."""
+    model, tokenizer = contestants.model, contestants.tokenizer
+    loss = get_task(task).loss
+    if not variant.startswith("ours"):
+        return encode_batch(model, tokenizer, examples, loss).input_ids.numel()
+    if loss == "gold":
+        examples = [example.gold_only() for example in examples]
+    scorer = Scorer(model, tokenizer)
+    return scorer.plan(scorer.encode(examples)).positions
+
+
+def read_times() -> list[dict[str, str]]:
+    if not TIMES.exists():
+        return []
+    with TIMES.open() as file:
+        return list(csv.DictReader(file))
+
+
+def append(*values: object) -> None:
+    new = not TIMES.exists()
+    with TIMES.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(FIELDS)
+        writer.writerow(values)
+    print(*values, flush=True)
+
+
+def tabulate() -> list[dict[str, object]]:
+    """One row for each dtype and task: medians of times, and of the ratios within a round."""
+    rounds: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    positions: dict[tuple[str, str, bool], list[int]] = {}
+    for row in read_times():
+        key = row["dtype"], row["task"]
+        rounds.setdefault(key, {}).setdefault(row["round"], {})[row["variant"]] = float(row["ms"])
+        ours = row["variant"].startswith("ours")
+        positions.setdefault((*key, ours), []).append(int(row["positions"]))
+    table = []
+    for (dtype, task), by_round in sorted(rounds.items(), key=lambda item: _order(item[0])):
+        whole = [times for times in by_round.values() if "ours_cached" in times]
+        if not whole:
+            continue
+        row: dict[str, object] = {"dtype": dtype, "task": task, "rounds": len(whole)}
+        for variant in whole[0]:
+            row[f"{variant}_ms"] = round(median(times[variant] for times in whole))
+        for name, over, under in (
+            ("mezo_over_cold", "mezo", "ours_cold"),
+            ("mezo_over_cached", "mezo", "ours_cached"),
+            ("cold_over_two_inferences", "ours_cold", "two_inferences"),
+            ("cached_over_two_inferences", "ours_cached", "two_inferences"),
+        ):
+            ratios = [times[over] / times[under] for times in whole]
+            row[name] = f"{median(ratios):.2f}"
+            row[f"{name}_quartiles"] = _quartiles(ratios)
+        row["plain_positions"] = round(median(positions[dtype, task, False]))
+        row["our_positions"] = round(median(positions[dtype, task, True]))
+        table.append(row)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    return table
+
+
+def _order(key: tuple[str, str]) -> tuple[int, int]:
+    return DTYPES.index(key[0]), TASKS.index(key[1])
+
+
+def _quartiles(values: list[float]) -> str:
+    if len(values) < 3:
+        return f"{min(values):.2f}..{max(values):.2f}"
+    low, _, high = quantiles(values, n=4)
+    return f"{low:.2f}..{high:.2f}"
+
+
+def draw(table: list[dict[str, object]]) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in table if row["dtype"] == DTYPES[0]]
+    places = range(len(rows))
+    for shift, name, label in ((-0.2, "cold", "first epoch"), (0.2, "cached", "later epochs")):
+        values = [float(str(row[f"mezo_over_{name}"])) for row in rows]
+        bars = axes.bar([place + shift for place in places], values, 0.38, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.axhline(PAPER, color="tab:red", lw=1, label=f"best published, {PAPER}")
+    axes.set_xticks(places, [str(row["task"]) for row in rows])
+    axes.set_ylabel("times faster than MeZO's step")
+    axes.set_title(
+        "One step on the dominant layer of SmolLM2-135M, bfloat16, batch 16, two CPU cores",
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(FIGURE, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    measure(arguments.data, arguments.tasks, arguments.dtypes, arguments.rounds)
+    table = tabulate()
+    draw(table)
+    print(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()
