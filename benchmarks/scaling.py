@@ -1,0 +1,181 @@
+"""How the step's time and memory grow: with tokens, layer, model size and threads.
+
+    python benchmarks/scaling.py
+
+Random token ids, 16 sequences of one length, one option token each, so that nothing but the shape
+matters; SmolLM2-135M-Instruct (de-quantised Q4_1) in bfloat16, and random Llamas of other sizes.
+Variants run in turn, medians are kept; nothing else may be running. Lands in results/scaling.csv
+and docs/scaling.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from dlzo.models import decoder_layers, load_model
+from dlzo.scoring import EncodedExample, Option, PrefixCache, Scorer
+from dlzo_kernels import zo_step
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
+FIGURE = ROOT / "docs" / "scaling.png"
+BATCH_SIZE = 16
+ROUNDS = 7
+LENGTHS = (8, 16, 32, 64, 128, 256)
+LAYERS = (0, 5, 11, 17, 23, 29)
+# Hidden size, intermediate size, layers, heads, key-value heads.
+SIZES = {
+    "5M": (192, 512, 12, 3, 3),
+    "30M": (384, 1024, 16, 6, 3),
+    "135M": (576, 1536, 30, 9, 3),
+    "0.5B": (896, 4864, 24, 14, 2),
+}
+FIELDS = ("figure", "x", "two_inferences", "ours_cold", "ours_cached", "unit")
+
+Step = Callable[[], object]
+
+
+def batch(length: int, vocabulary: int) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (BATCH_SIZE, length), generator=generator).tolist()
+    return [EncodedExample((tuple(row),), (Option(0, (1,)), Option(0, (2,))), 0) for row in tokens]
+
+
+def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample]) -> dict[str, Step]:
+    rows = torch.tensor([example.sequences[0] for example in examples])
+    tuned = decoder_layers(model)[layer]
+
+    @torch.inference_mode()
+    def two_inferences() -> None:
+        for _ in range(2):
+            model(rows)
+
+    def ours(cache: PrefixCache | None) -> Step:
+        scorer = Scorer(model, None, tuned, cache=cache)
+        scorer.cache_prefixes(examples)
+
+        def run() -> None:
+            step = zo_step(tuned, 0, 1e-3, 0.0)
+            step.update(*scorer.losses(scorer.plan(examples), [step.plus, step.minus]))
+
+        return run
+
+    return {
+        "two_inferences": two_inferences,
+        "ours_cold": ours(None),
+        "ours_cached": ours(PrefixCache(1 << 31)),
+    }
+
+
+def milliseconds(steps: dict[str, Step]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: round(median(values), 1) for name, values in times.items()}
+
+
+def random_llama(size: str) -> PreTrainedModel:
+    hidden, intermediate, layers, heads, kv_heads = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config).bfloat16().eval()
+
+
+def measure() -> Iterator[tuple[object, ...]]:
+    model, _ = load_model("smollm2")
+    vocabulary = model.config.vocab_size
+    for length in LENGTHS:
+        found = milliseconds(variants(model, 11, batch(length, vocabulary)))
+        yield "tokens", length * BATCH_SIZE, *found.values(), "ms"
+    for layer in LAYERS:
+        found = milliseconds(variants(model, layer, batch(32, vocabulary)))
+        yield "layer", layer, *found.values(), "ms"
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = milliseconds(variants(model, 11, batch(32, vocabulary)))
+        yield "threads", threads, *found.values(), "ms"
+    for size in SIZES:
+        random = random_llama(size)
+        layer = len(decoder_layers(random)) * 11 // 30
+        found = milliseconds(variants(random, layer, batch(32, vocabulary)))
+        yield "size", size, *found.values(), "ms"
+    memory = [peak_memory(name) for name in ("two_inferences", "ours_cold", "ours_cached")]
+    yield "peak memory", "135M", *memory, "MB"
+
+
+def peak_memory(variant: str) -> int:
+    """Of a process of its own, in 10^6 bytes."""
+    command = [sys.executable, __file__, "--memory-of", variant]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    return int(found.stdout.split()[-1])
+
+
+def use_memory(variant: str) -> None:
+    model, _ = load_model("smollm2")
+    examples = batch(64, model.config.vocab_size)
+    step = variants(model, 11, examples)[variant]
+    for _ in range(3):
+        step()
+    # Kilobytes on Linux.
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 10**6)
+
+
+def draw(rows: list[dict[str, str]]) -> None:
+    figures = ("tokens", "layer", "size", "threads")
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(figures)), figures, strict=True):
+        chosen = [row for row in rows if row["figure"] == name]
+        for variant in FIELDS[2:5]:
+            values = [float(row[variant]) for row in chosen]
+            axes.plot([row["x"] for row in chosen], values, "o-", ms=4, label=variant)
+        axes.set(xlabel=name, yscale="log" if name in ("tokens", "size") else "linear")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("ms")
+    figure.axes[0].legend(["two inferences", "our step", "our step, cached"], frameon=False)
+    figure.savefig(FIGURE, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        use_memory(arguments.memory_of)
+        return
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        for row in measure():
+            writer.writerow(row)
+            print(*row, flush=True)
+    with RESULTS.open() as file:
+        draw(list(csv.DictReader(file)))
+
+
+if __name__ == "__main__":
+    main()
