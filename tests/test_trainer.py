@@ -13,7 +13,8 @@ from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.plots import plot_history
-from dlzo.trainer import TrainConfig, batch_indices, evaluate, step_seed, train
+from dlzo.sampler import batch_indices, step_seed
+from dlzo.trainer import TrainConfig, evaluate, train
 from tiny import byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer(" terrible", " great")
@@ -45,14 +46,6 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def interrupt_at(step):
-    def on_progress(entry):
-        if entry["step"] == step:
-            raise KeyboardInterrupt
-
-    return on_progress
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_lowers_the_loss(data, tmp_path, dtype):
     model, out = tiny_model(dtype=dtype), tmp_path / "out"
@@ -76,7 +69,7 @@ def test_training_lowers_the_loss(data, tmp_path, dtype):
         "loss": best["validation_loss"],
     }
     assert metrics["final"]["step"] == 60
-    assert (metrics["skipped"], metrics["interrupted"]) == (0, False)
+    assert metrics["skipped"] == 0
     assert metrics["step_ms_median"] > 0 and metrics["seconds"] > 0 and metrics["peak_rss_mb"] > 50
     assert metrics["dtype"] == str(dtype).removeprefix("torch.")
 
@@ -84,9 +77,11 @@ def test_training_lowers_the_loss(data, tmp_path, dtype):
     changed = {name for name in before if not torch.equal(before[name], model.state_dict()[name])}
     assert changed and all(name.startswith("model.layers.1.") for name in changed)
     assert sorted(path.name for path in out.iterdir()) == [
-        "adapter_config.json",
+        ".lock",
         "adapter_model.safetensors",
+        "journal.zo",
         "metrics.json",
+        "run.json",
     ]
     assert not list(tmp_path.glob("out.*"))
 
@@ -183,31 +178,6 @@ def test_a_model_whose_loss_is_not_finite_is_refused(data, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_ctrl_c_leaves_a_usable_result(data, tmp_path):
-    out, model = tmp_path / "out", tiny_model()
-    metrics = train(model, TOKENIZER, CONFIG, data, out, on_progress=interrupt_at(33))
-    assert (metrics["interrupted"], metrics["test"]) == (True, None)
-    assert metrics["best"]["step"] == 20 and metrics["history"][-1]["step"] == 33
-    assert json.loads((out / "metrics.json").read_text()) == metrics
-    fresh = tiny_model()
-    assert load_adapter(fresh, out)["step"] == 20
-    assert same(state(fresh), state(model))
-    assert not list(tmp_path.glob("out.*"))
-
-
-def test_early_ctrl_c_does_not_trade_a_result_for_an_untuned_layer(data, tmp_path):
-    out = tmp_path / "out"
-    metrics = train(tiny_model(), TOKENIZER, CONFIG, data, out, on_progress=interrupt_at(3))
-    assert metrics["best"]["step"] == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            tiny_model(), TOKENIZER, CONFIG, data, out, overwrite=True, on_progress=interrupt_at(3)
-        )
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert not list(tmp_path.glob("out.*"))
-
-
 def test_an_existing_result_is_replaced_only_when_asked(data, tmp_path):
     out = tmp_path / "out"
     train(tiny_model(), TOKENIZER, SHORT, data, out)
@@ -218,20 +188,6 @@ def test_an_existing_result_is_replaced_only_when_asked(data, tmp_path):
     metrics = train(tiny_model(), TOKENIZER, replace(SHORT, seed=5), data, out, overwrite=True)
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert not (out / "note.txt").exists() and not list(tmp_path.glob("out.*"))
-
-
-def test_a_failed_run_leaves_the_old_result(data, tmp_path):
-    out = tmp_path / "out"
-    train(tiny_model(), TOKENIZER, SHORT, data, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def fail(entry):
-        raise OSError("gone")
-
-    with pytest.raises(OSError, match="gone"):
-        train(tiny_model(), TOKENIZER, SHORT, data, out, overwrite=True, on_progress=fail)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert not list(tmp_path.glob("out.*"))
 
 
 @pytest.mark.parametrize("kind", ["folder of others", "file"])
@@ -328,7 +284,7 @@ def test_history_is_drawn(data, tmp_path):
     plot_history(metrics, tmp_path / "history.png")
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
     metrics["history"][2]["validation_loss"] = None
-    plot_history({**metrics, "test": None}, tmp_path / "history.svg")
+    plot_history(metrics, tmp_path / "history.svg")
     assert "validation" in (tmp_path / "history.svg").read_text()
 
 

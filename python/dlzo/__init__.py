@@ -4,7 +4,8 @@ from dlzo import probe
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, load_model
-from dlzo.trainer import TrainConfig, evaluate, train
+from dlzo.replay import replay
+from dlzo.trainer import TrainConfig, evaluate, resume, train
 from dlzo_kernels import __version__
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "probe",
+    "replay",
+    "resume",
     "train",
 ]

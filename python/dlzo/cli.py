@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,9 @@ from dlzo.files import replace_file
 from dlzo.models import load_model, parse_dtype
 from dlzo.plots import plot_history, plot_probe
 from dlzo.probe import probe
+from dlzo.run import JOURNAL_FILE, read_settings
 from dlzo.tasks import Split
-from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, evaluate, train
+from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, evaluate, resume, train
 
 app = typer.Typer(
     help="Fine-tune language models with forward passes only.",
@@ -75,10 +77,11 @@ def probe_command(
 
 @app.command("train")
 def train_command(
-    model: Model,
-    task: Task,
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the result.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder, GGUF file, hub id or name.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task, such as sst2.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     method: Annotated[str, typer.Option(help="How to tune.")] = _DEFAULTS.method,
     layer: Annotated[str, typer.Option(help="Decoder layer, 'auto' to probe for it.")] = "auto",
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
@@ -87,29 +90,46 @@ def train_command(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
     seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     eval_every: Annotated[int, typer.Option(help="Steps per validation.")] = _DEFAULTS.eval_every,
+    sync_steps: Annotated[
+        int, typer.Option(help="Most steps that a power cut may take.")
+    ] = _DEFAULTS.sync_steps,
+    sync_seconds: Annotated[
+        float, typer.Option(help="Most seconds that a power cut may take.")
+    ] = _DEFAULTS.sync_seconds,
     dtype: Dtype = "bfloat16",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+    ] = None,
     plot: Plot = None,
 ) -> None:
     """Fine-tune one decoder layer with forward passes only."""
-    config = TrainConfig(
-        task=task,
-        method=method,
-        layer=_parse_layer(layer),
-        steps=steps,
-        batch_size=batch_size,
-        eps=eps,
-        lr=lr,
-        seed=seed,
-        eval_every=eval_every,
-    )
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
-    with _progress(steps) as on_progress:
-        metrics = train(
-            loaded, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+    if resume_from is not None:
+        _refuse_beside_resume(context)
+        metrics = _resume(resume_from)
+    elif model is None or task is None or data is None or out is None:
+        raise UserError("train needs MODEL, --task, --data and --out, or --resume FOLDER")
+    else:
+        config = TrainConfig(
+            task=task,
+            method=method,
+            layer=_parse_layer(layer),
+            steps=steps,
+            batch_size=batch_size,
+            eps=eps,
+            lr=lr,
+            seed=seed,
+            eval_every=eval_every,
+            sync_steps=sync_steps,
+            sync_seconds=sync_seconds,
         )
+        loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+        with _resumable(out), _progress(steps) as on_progress:
+            metrics = train(
+                loaded, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+            )
     console.print(_summary(metrics))
-    console.print(f"written to {out}", highlight=False)
+    console.print(f"written to {out or resume_from}", highlight=False)
     if plot is not None:
         plot_history(metrics, plot)
 
@@ -150,7 +170,7 @@ def demo_command(
     config = TrainConfig("sst2", layer=report.decision.layer, steps=steps)
     examples = shown_examples()
     before = probabilities(model, tokenizer, examples)
-    with demo_data() as data, _progress(steps) as on_progress:
+    with _resumable(out), demo_data() as data, _progress(steps) as on_progress:
         metrics = train(
             model, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
         )
@@ -163,6 +183,8 @@ def demo_command(
 
 def main() -> None:
     """Runs the command; what the user can mend ends in one sentence and exit code 2."""
+    # Being told to end is as Ctrl-C, which never comes amid a write to the weights.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         app()
     except UserError as error:
@@ -177,6 +199,38 @@ def _fail(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(2)
+
+
+def _refuse_beside_resume(context: typer.Context) -> None:
+    for name in context.params:
+        given = context.get_parameter_source(name).name == "COMMANDLINE"
+        if given and name not in ("resume_from", "plot"):
+            raise UserError(
+                f"--resume takes all settings from its folder: leave out {name.replace('_', '-')}"
+            )
+
+
+def _resume(out: Path) -> Metrics:
+    settings = read_settings(out)
+    loaded, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
+    with _resumable(out), _progress(settings["config"].get("steps")) as on_progress:
+        return resume(loaded, tokenizer, out, on_progress=on_progress)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says, where a run is interrupted, how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (out / JOURNAL_FILE).exists():
+            raise
+        console.print(
+            f"interrupted: the best layer so far is in {out}; go on with "
+            f"`dlzo train --resume {out}`",
+            highlight=False,
+        )
+        raise typer.Exit(130) from None
 
 
 def _parse_layer(text: str) -> int | None:
@@ -197,7 +251,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
+def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
     """A bar that shows the last training loss and the last validation accuracy."""
     columns = (
         TextColumn("training"),
@@ -232,14 +286,12 @@ def _summary(metrics: Metrics) -> Table:
         ("best", "test", metrics["test"]),
     ]
     for name, split, found in rows:
-        if found is not None:
-            loss = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
-            table.add_row(name, split, f"{found['accuracy']:.3f}", loss)
+        loss = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
+        table.add_row(name, split, f"{found['accuracy']:.3f}", loss)
     step_ms = metrics["step_ms_median"]
     table.caption = (
         f"{metrics['seconds']:.0f} s, "
         + ("" if step_ms is None else f"{step_ms:.0f} ms a step, ")
         + f"peak memory {metrics['peak_rss_mb']:.0f} MB"
-        + (", interrupted" if metrics["interrupted"] else "")
     )
     return table

@@ -66,8 +66,7 @@ def plot_history(metrics: Metrics, path: Path) -> None:
         values = [math.nan if (v := e[f"validation_{name}"]) is None else v for e in validated]
         axes.plot(steps, values, "o-", color="tab:blue", ms=4, label="validation")
         axes.plot(0, metrics["zero_shot"][name], "D", color="tab:gray", label="test, untuned")
-        if test is not None:
-            axes.plot(best["step"], test[name], "*", color="tab:red", ms=12, label="test, best")
+        axes.plot(best["step"], test[name], "*", color="tab:red", ms=12, label="test, best")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
