@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,36 +13,16 @@ from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.plots import plot_history
 from dlzo.sampler import batch_indices, step_seed
-from dlzo.trainer import TrainConfig, evaluate, train
-from tiny import byte_tokenizer, tiny_model
+from dlzo.trainer import evaluate, train
+from runs import CONFIG, TOKENIZER, same, state, write_data
+from tiny import tiny_model
 
-TOKENIZER = byte_tokenizer(" terrible", " great")
-CONFIG = TrainConfig("sst2", layer=1, steps=60, batch_size=8, eps=1e-2, lr=3e-3, eval_every=20)
 SHORT = replace(CONFIG, steps=4, eval_every=2)
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Sentences of a and b; the more frequent letter gives the label."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    draw = random.Random(0)
-    for split, size in (("train", 40), ("validation", 20), ("test", 20)):
-        rows = []
-        for i in range(size):
-            often, seldom = ("ab", "ba")[i % 2]
-            sentence = "".join(draw.choices((often, seldom), (9, 1), k=draw.randint(4, 10)))
-            rows.append(json.dumps({"sentence": sentence, "label": i % 2}))
-        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return write_data(tmp_path / "data")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

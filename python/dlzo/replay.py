@@ -41,7 +41,8 @@ def replay(
         UserError: the journal is of another model, layer, dtype or noise version, or has not so
             many steps, or `out` holds an adapter; model and files are as they were.
     """
-    reader, folder = Reader(Path(journal)), Path(out)
+    path, folder = Path(journal), Path(out)
+    reader = Reader(path)
     if (folder / WEIGHTS_FILE).exists():
         raise UserError(f"{str(folder)!r} holds an adapter: choose another folder")
     check_fits(reader, model)
@@ -53,7 +54,7 @@ def replay(
             f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
         )
     header = reader.header
-    apply_steps(decoder_layers(model)[header.layer], islice(reader.steps(), until))
+    apply_steps(decoder_layers(model)[header.layer], islice(Reader(path).steps(), until))
     try:
         save_adapter(
             folder,
