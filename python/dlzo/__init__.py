@@ -3,6 +3,7 @@
 from dlzo import probe
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
+from dlzo.export import export
 from dlzo.models import decoder_layers, load_model
 from dlzo.replay import replay
 from dlzo.trainer import TrainConfig, evaluate, resume, train
@@ -14,6 +15,7 @@ __all__ = [
     "__version__",
     "decoder_layers",
     "evaluate",
+    "export",
     "load_adapter",
     "load_model",
     "probe",

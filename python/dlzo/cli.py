@@ -1,4 +1,4 @@
-"""The command `dlzo`: probe, train, eval, demo."""
+"""The command `dlzo`: probe, train, replay, export, eval, demo, journal."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ from rich.table import Table
 
 from dlzo.adapter import load_adapter
 from dlzo.calibration import read_texts
+from dlzo.cli_journal import app as journal_app
+from dlzo.cli_journal import warn
 from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
 from dlzo.errors import UserError
+from dlzo.export import Form, export
 from dlzo.files import replace_file
+from dlzo.journal import Reader
 from dlzo.models import load_model, parse_dtype
 from dlzo.plots import plot_history, plot_probe
 from dlzo.probe import probe
+from dlzo.replay import replay
 from dlzo.run import JOURNAL_FILE, read_settings
 from dlzo.tasks import Split
 from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, evaluate, resume, train
@@ -41,6 +46,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(journal_app, name="journal")
 console = Console()
 
 _DEFAULTS = TrainConfig("sst2")
@@ -134,12 +140,37 @@ def train_command(
         plot_history(metrics, plot)
 
 
+@app.command("replay")
+def replay_command(
+    model: Model,
+    journal: Annotated[Path, typer.Argument(help="A run's journal.zo.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    until: Annotated[int | None, typer.Option(help="Last step; by default, of all.")] = None,
+) -> None:
+    """Rebuild a tuned layer from the base model and a journal, bit for bit."""
+    loaded, _ = load_model(model, dtype=parse_dtype(Reader(journal).header.dtype))
+    reader = replay(loaded, journal, out, until=until)
+    warn(reader)
+    console.print(f"layer {reader.header.layer} written to {out}", highlight=False)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    form: Annotated[str, typer.Option(help="adapter, model (merged) or journal.")] = "adapter",
+) -> None:
+    """Write the tuned layer of a run, with a model card, in a form to hand on."""
+    export(run, out, cast(Form, form))
+    console.print(f"written to {out}", highlight=False)
+
+
 @app.command("eval")
 def eval_command(
     model: Model,
     task: Task,
     data: Data,
-    adapter: Annotated[Path | None, typer.Option(help="Folder that `train` wrote.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     dtype: Dtype = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
@@ -229,6 +260,7 @@ def _resumable(out: Path) -> Iterator[None]:
             f"interrupted: the best layer so far is in {out}; go on with "
             f"`dlzo train --resume {out}`",
             highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
 

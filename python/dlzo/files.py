@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,27 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A sibling of `path` to fill, which becomes `path` when all went well, else disappears.
+
+    Raises:
+        OSError: `path` exists, or cannot be written.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        os.rename(partial, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -25,7 +25,7 @@ MAX_SETTINGS = 1 << 20  # bytes
 
 
 @contextmanager
-def new_folder(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
     """Makes the folder of a run and holds its lock.
 
     A result that is to be overwritten is moved aside, to OUT.replaced, until `finish`.
@@ -52,7 +52,7 @@ def new_folder(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> It
 
 
 @contextmanager
-def existing_folder(out: Path) -> Iterator[dict[str, Any]]:
+def existing_run(out: Path) -> Iterator[dict[str, Any]]:
     """The settings of the run in a folder, whose lock is held.
 
     Raises:

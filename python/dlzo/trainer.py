@@ -32,9 +32,9 @@ from dlzo.run import (
     JOURNAL_FILE,
     METRICS_FILE,
     check_free,
-    existing_folder,
+    existing_run,
     finish,
-    new_folder,
+    new_run,
 )
 from dlzo.sampler import batch_indices, step_seed
 from dlzo.scoring import EncodedExample, Scorer
@@ -199,7 +199,7 @@ def train(
             "data": str(Path(data_dir).resolve()),
             "config": asdict(config),
         }
-        with new_folder(out, settings, overwrite=overwrite):
+        with new_run(out, settings, overwrite=overwrite):
             return run.complete(started, on_progress, untuned)
 
 
@@ -223,7 +223,7 @@ def resume(
     """
     started = time.perf_counter()
     out = Path(out).resolve()
-    with sole_use(model), existing_folder(out) as settings:
+    with sole_use(model), existing_run(out) as settings:
         if (out / METRICS_FILE).exists():
             text = (out / METRICS_FILE).read_text()
             finish(out, text)
