@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -47,3 +48,29 @@ def result(out: Path) -> dict[str, object]:
         name: (out / name).read_bytes() for name in ("adapter_model.safetensors", "journal.zo")
     }
     return {**files, "metrics": metrics, "names": sorted(path.name for path in out.iterdir())}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in dlzo catches it."""
+
+
+class FaultyOs:
+    """The module os, but the n-th call that touches the disk fails; a write leaves half of it."""
+
+    def __init__(self, number: int, error: BaseException) -> None:
+        self.left, self.error = number, error
+
+    def __getattr__(self, name):
+        call = getattr(os, name)
+        if name not in ("write", "fsync", "replace", "ftruncate"):
+            return call
+
+        def counted(*args):
+            self.left -= 1
+            if self.left < 0:
+                if name == "write" and self.left == -1:
+                    os.write(args[0], bytes(args[1])[: len(args[1]) // 2])
+                raise self.error
+            return call(*args)
+
+        return counted

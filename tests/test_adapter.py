@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dlzo.adapter import layer_fingerprint, load_adapter, read_config, save_adapter
@@ -184,7 +185,7 @@ def test_a_failed_write_leaves_the_old_adapter(adapter, monkeypatch):
 
     def fail(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise OSError("disk full")
+        raise SafetensorError("disk full")
 
     monkeypatch.setattr("dlzo.adapter.save_file", fail)
     with pytest.raises(OSError, match="disk full"):

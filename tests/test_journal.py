@@ -19,6 +19,7 @@ from dlzo.errors import UserError
 from dlzo.journal import MAX_HEADER, Reader, Writer, compact, create
 from dlzo.records import Event, Header, Parameter, Step
 from dlzo.sampler import step_seed
+from fuzz import sealed
 
 HEADER = Header(
     noise_version=1,
@@ -227,15 +228,6 @@ def test_a_compact_journal_is_refused_where_steps_are_not_the_runs(journal, tmp_
     with pytest.raises(UserError, match="whole up to step 2"):
         compact(journal, tmp_path / "other.zo")
     assert not (tmp_path / "other.zo").exists()
-
-
-def sealed(*parts: bytes) -> bytes:
-    """Records with right checksums, as a forger makes them."""
-    data, crc = b"", 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-        data += part + struct.pack("<I", crc)
-    return data
 
 
 def header_part(**changes) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import threading
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from dlzo.errors import UserError
 from dlzo.journal import Reader
 from dlzo.records import Step
 from dlzo.trainer import evaluate, resume, train
-from runs import CONFIG, TOKENIZER, result, same, state, write_data
+from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, write_data
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2, sync_steps=3)
@@ -93,32 +92,6 @@ def test_a_run_stopped_in_a_forward_ends_in_the_same_bits(
     resume(model, TOKENIZER, out)
     assert result(out) == whole
     assert same(state(model), weights)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in dlzo catches it."""
-
-
-class FaultyOs:
-    """The module os, but the n-th call that touches the disk fails; a write leaves half of it."""
-
-    def __init__(self, number: int, error: BaseException) -> None:
-        self.left, self.error = number, error
-
-    def __getattr__(self, name):
-        call = getattr(os, name)
-        if name not in ("write", "fsync", "replace", "ftruncate"):
-            return call
-
-        def counted(*args):
-            self.left -= 1
-            if self.left < 0:
-                if name == "write" and self.left == -1:
-                    os.write(args[0], bytes(args[1])[: len(args[1]) // 2])
-                raise self.error
-            return call(*args)
-
-        return counted
 
 
 @pytest.mark.parametrize("kind", ["disk full", "killed"])

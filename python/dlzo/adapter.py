@@ -60,6 +60,9 @@ def save_adapter(
         layer_index: Which decoder layer, from 0.
         base_fingerprint: `layer_fingerprint` of the layer before it was tuned.
         info: Further JSON values for the configuration, such as the task.
+
+    Raises:
+        OSError: It cannot be written; what was there is as it was.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +78,15 @@ def save_adapter(
         name: parameter.detach().cpu().contiguous()
         for name, parameter in layer_parameters(model, layer_index).items()
     }
-    metadata = {FORMAT: json.dumps(config)}
-    replace_file(folder / WEIGHTS_FILE, lambda partial: save_file(tensors, partial, metadata))
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(tensors, partial, {FORMAT: json.dumps(config)})
+        except SafetensorError as error:
+            # A full disk, for one.
+            raise OSError(str(error)) from error
+
+    replace_file(folder / WEIGHTS_FILE, write)
 
 
 def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str, Any]:

@@ -86,13 +86,13 @@ class GrowingFile:
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object in a text from anywhere.
+    """The JSON object in a text from anywhere, in UTF-8.
 
     Raises:
         ValueError: it is not one.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text if isinstance(text, str) else text.decode())
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     if not isinstance(value, dict):

@@ -200,7 +200,8 @@ def decode(prefix: bytes, body: bytes, header: Header) -> Sequence[Record]:
             Step(step, seed, lr, numbers[2 * count :], numbers[: 2 * count], bool(applied)),
         ]
     else:
-        rows = np.frombuffer(body, _block_row(header.directions)).tolist()
+        rows = np.frombuffer(body, _block_row(header.directions))
+        columns = (rows[name].tolist() for name in ("applied", "gradients", "loss"))
         steps = [
             Step(
                 number,
@@ -210,7 +211,9 @@ def decode(prefix: bytes, body: bytes, header: Header) -> Sequence[Record]:
                 (loss,),
                 bool(applied),
             )
-            for number, (applied, gradients, loss) in enumerate(rows, start=step)
+            for number, (applied, gradients, loss) in enumerate(
+                zip(*columns, strict=True), start=step
+            )
         ]
     for item in steps:
         # A comparison with NaN is false.
