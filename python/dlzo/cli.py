@@ -28,6 +28,7 @@ from dlzo.calibration import read_texts
 from dlzo.cli_journal import app as journal_app
 from dlzo.cli_journal import warn
 from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
+from dlzo.distributed import from_first_rank, joined, rank
 from dlzo.errors import UserError
 from dlzo.export import Form, export
 from dlzo.files import replace_file
@@ -96,6 +97,7 @@ def train_command(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
     seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     eval_every: Annotated[int, typer.Option(help="Steps per validation.")] = _DEFAULTS.eval_every,
+    directions: Annotated[int, typer.Option(help="Averaged in a step.")] = _DEFAULTS.directions,
     sync_steps: Annotated[
         int, typer.Option(help="Most steps that a power cut may take.")
     ] = _DEFAULTS.sync_steps,
@@ -126,6 +128,7 @@ def train_command(
             lr=lr,
             seed=seed,
             eval_every=eval_every,
+            directions=directions,
             sync_steps=sync_steps,
             sync_seconds=sync_seconds,
         )
@@ -217,7 +220,9 @@ def main() -> None:
     # Being told to end is as Ctrl-C, which never comes amid a write to the weights.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        app()
+        with joined():
+            console.quiet = rank() != 0
+            app()
     except UserError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -242,7 +247,7 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 
 def _resume(out: Path) -> Metrics:
-    settings = read_settings(out)
+    settings = from_first_rank(lambda: read_settings(out))
     loaded, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
     with _resumable(out), _progress(settings["config"].get("steps")) as on_progress:
         return resume(loaded, tokenizer, out, on_progress=on_progress)

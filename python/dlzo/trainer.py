@@ -10,8 +10,10 @@ import resource
 import sys
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -21,12 +23,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.adapter import dtype_name, save_adapter
+from dlzo import distributed
+from dlzo.adapter import dtype_name, layer_fingerprint, save_adapter
 from dlzo.errors import UserError
 from dlzo.journal import Reader, Writer, create
 from dlzo.models import decoder_layers, sole_use
 from dlzo.probe import probe
-from dlzo.records import Event, Header, Record, Step
+from dlzo.records import Event, Header, Record, Step, encode_header
 from dlzo.replay import apply_steps, base_fields, differences
 from dlzo.run import (
     JOURNAL_FILE,
@@ -39,7 +42,7 @@ from dlzo.run import (
 from dlzo.sampler import batch_indices, step_seed
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.tasks import Example, Split, get_task, load_split
-from dlzo_kernels import zo_step
+from dlzo_kernels import ZOStep, zo_step
 
 METHODS = ("dominant",)
 _log = logging.getLogger("dlzo")
@@ -65,6 +68,7 @@ class TrainConfig:
             7 billion, 1e-7 to 5e-6.
         seed: fixes the order of the examples and every perturbation.
         eval_every: steps from one validation to the next; the last step is always validated.
+        directions: perturbations in a step, whose updates are averaged.
         sync_steps: steps from one fsync of the journal to the next: what a power cut may take.
         sync_seconds: the most seconds from one fsync to the next.
 
@@ -81,16 +85,18 @@ class TrainConfig:
     lr: float = 3e-4
     seed: int = 0
     eval_every: int = 100
+    directions: int = 1
     sync_steps: int = 100
     sync_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
-        least_values = {"steps": 1, "batch_size": 1, "eval_every": 1, "sync_steps": 1, "seed": 0}
-        for name, least in least_values.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
+        for name in ("steps", "batch_size", "eval_every", "directions", "sync_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: give at least 0")
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
         if not (math.isfinite(self.eps) and self.eps > 0):
@@ -138,6 +144,7 @@ class Metrics(TypedDict):
     layer: int
     steps: int
     batch_size: int
+    directions: int
     eps: float
     lr: float
     seed: int
@@ -187,10 +194,11 @@ def train(
     """
     started = time.perf_counter()
     out = Path(out).resolve()
-    check_free(out, overwrite)
+    distributed.from_first_rank(lambda: check_free(out, overwrite))
     with sole_use(model):
         examples = _load_examples(config, data_dir)
-        config = replace(config, layer=_find_layer(model, tokenizer, config.layer))
+        layer = distributed.from_first_rank(lambda: _find_layer(model, tokenizer, config.layer))
+        config = replace(config, layer=layer)
         run = _Run(model, tokenizer, config, examples, out)
         untuned = run.evaluate_untuned()
         settings = {
@@ -199,7 +207,10 @@ def train(
             "data": str(Path(data_dir).resolve()),
             "config": asdict(config),
         }
-        with new_run(out, settings, overwrite=overwrite):
+        with ExitStack() as stack:
+            distributed.from_first_rank(
+                lambda: stack.enter_context(new_run(out, settings, overwrite=overwrite))
+            )
             return run.complete(started, on_progress, untuned)
 
 
@@ -223,11 +234,10 @@ def resume(
     """
     started = time.perf_counter()
     out = Path(out).resolve()
-    with sole_use(model), existing_run(out) as settings:
-        if (out / METRICS_FILE).exists():
-            text = (out / METRICS_FILE).read_text()
-            finish(out, text)
-            return json.loads(text)
+    with sole_use(model), ExitStack() as stack:
+        settings = distributed.from_first_rank(lambda: stack.enter_context(existing_run(out)))
+        if (metrics := distributed.from_first_rank(lambda: _finished(out))) is not None:
+            return metrics
         config = _config(settings["config"], out)
         examples = _load_examples(config, settings["data"])
         config = replace(config, layer=_find_layer(model, tokenizer, config.layer))
@@ -304,9 +314,10 @@ class _Run:
         self, started: float, on_progress: OnProgress, untuned: Evaluation | None = None
     ) -> Metrics:
         """Does what is left of the run."""
+        distributed.check_equal(self._digest, "the model, the data or the settings")
         try:
-            reader = self._take_up()
-            with Writer(reader, self.config.sync_steps, self.config.sync_seconds) as self.journal:
+            with ExitStack() as stack:
+                self._catch_up(distributed.from_first_rank(lambda: self._open_journal(stack)))
                 if self.untuned is None:
                     self._record(Event(0, "untuned", untuned or self.evaluate_untuned()))
                 self._do_steps(on_progress)
@@ -314,8 +325,7 @@ class _Run:
                 if self.test is None:
                     found = _evaluate(self.scorer, self.encoded["test"])
                     self._record(Event(self.config.steps, "test", found))
-            metrics = self._metrics(reader, time.perf_counter() - started)
-            finish(self.out, _metrics_text(metrics))
+            return distributed.from_first_rank(lambda: self._finish(started))
         except OSError as error:
             raise UserError(
                 f"the run in {str(self.out)!r} stopped ({error}): mend that and go on with "
@@ -323,35 +333,37 @@ class _Run:
             ) from error
         finally:
             self._restore_best()
-        return metrics
 
-    def _take_up(self) -> Reader:
-        """Brings the run to where its journal ends: of a new one, to its beginning."""
+    def _open_journal(self, stack: ExitStack) -> Iterable[Record]:
+        """Opens the journal of the run, a new one if there is none; its records so far."""
         path = self.out / JOURNAL_FILE
         if not path.exists():
             create(path, self.header)
         reader = Reader(path)
         # Another release of dlzo may go on with the run: its noise is checked by its version.
-        expected = {
-            field.name: getattr(self.header, field.name)
-            for field in fields(Header)
-            if field.name != "library_version"
-        }
+        expected = vars(replace(self.header, library_version=reader.header.library_version))
         if differing := differences(reader.header, expected):
             raise UserError(
                 f"journal {str(path)!r} is of another model or other data than there are now: "
                 f"{differing}; restore them or start the run again"
             )
-        for record in reader:
-            self._note(record)
+        deque(reader, maxlen=0)
         if reader.damage is not None:
             _log.warning("%s; the run goes on from there", reader.damage)
-        steps = reader.steps()
+        self.journal = stack.enter_context(
+            Writer(reader, self.config.sync_steps, self.config.sync_seconds)
+        )
+        return reader if distributed.size() == 1 else list(reader)
+
+    def _catch_up(self, records: Iterable[Record]) -> None:
+        """Brings state and weights to where the journal ends; of a new run, to its beginning."""
+        for record in records:
+            self._note(record)
+        steps = (record for record in records if isinstance(record, Step))
         if self.best is not None:
             apply_steps(self.layer, islice(steps, self.best["step"]))
             self._keep_as_best()
         apply_steps(self.layer, steps)
-        return reader
 
     def _note(self, record: Record) -> None:
         """Takes a record into account."""
@@ -373,7 +385,8 @@ class _Run:
                 self.best = self.final
 
     def _record(self, record: Record) -> None:
-        self.journal.append(record)
+        if distributed.rank() == 0:
+            self.journal.append(record)
         self._note(record)
 
     def _do_steps(self, on_progress: OnProgress) -> None:
@@ -398,15 +411,34 @@ class _Run:
         batch = [train_set[i] for i in indices]
         started = time.perf_counter()
         seed = step_seed(config.seed, step)
-        zo = zo_step(self.layer, seed, config.eps, config.lr)
-        losses = self.scorer.two_point_losses(zo, batch)
+        zo = zo_step(self.layer, seed, config.eps, config.lr, directions=config.directions)
+        losses = self._losses(zo, batch)
         # In a journal the untuned model's loss is finite.
         max_loss = EXPLODED * max(1.0, _loss(self.untuned))
-        result = zo.update(*losses, max_loss=max_loss)
+        result = zo.update(losses[::2], losses[1::2], max_loss=max_loss)
         self._record(
             Step(step, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
         )
         self.step_ms.append(1e3 * (time.perf_counter() - started))
+
+    def _losses(self, zo: ZOStep, batch: Sequence[EncodedExample]) -> list[float]:
+        """Plus and minus of each direction in turn, over the batch.
+
+        The ranks take directions where these can be shared out evenly, and else examples.
+        """
+        by_direction = self.config.directions % distributed.size() == 0
+        losses: list[float] = []
+        weights: list[float] = []
+        for direction in range(self.config.directions):
+            if by_direction:
+                mine = direction % distributed.size() == distributed.rank()
+                share = batch if mine else []
+            else:
+                share = distributed.share_of(batch)
+            point = _Direction(zo, direction)
+            losses += self.scorer.two_point_losses(point, share) if share else (0.0, 0.0)
+            weights += [len(share) / len(batch)] * 2
+        return distributed.mean_over_ranks(losses, weights)
 
     def _validation_is_due(self) -> bool:
         step = self.entry["step"]
@@ -415,6 +447,9 @@ class _Run:
 
     def _validate(self) -> None:
         step = self.entry["step"]
+        distributed.check_equal(
+            lambda: layer_fingerprint(self.layer), f"the layer after step {step}"
+        )
         found = _evaluate(self.scorer, self.encoded["validation"])
         self._record(Event(step, "validation", found))
         if self.best["step"] == step:
@@ -423,6 +458,8 @@ class _Run:
     def _keep_as_best(self) -> None:
         """Keeps the weights as they are now, in memory and as the adapter in the folder."""
         self.best_weights = self._weights()
+        if distributed.rank() != 0:
+            return
         config = self.config
         save_adapter(
             self.out,
@@ -448,15 +485,21 @@ class _Run:
     def _weights(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.layer.parameters()]
 
-    def _metrics(self, reader: Reader, seconds: float) -> Metrics:
+    def _digest(self) -> str:
+        """SHA-256 of the run's header, but for the path of the model."""
+        return hashlib.sha256(encode_header(replace(self.header, base_model=""))).hexdigest()
+
+    def _finish(self, started: float) -> Metrics:
+        """Writes the metrics."""
         config = self.config
-        return Metrics(
+        metrics = Metrics(
             model=self.model.name_or_path,
             task=config.task,
             method=config.method,
             layer=config.layer,
             steps=config.steps,
             batch_size=config.batch_size,
+            directions=config.directions,
             eps=config.eps,
             lr=config.lr,
             seed=config.seed,
@@ -467,10 +510,35 @@ class _Run:
             test=self.test,
             skipped=self.skipped,
             step_ms_median=median(self.step_ms) if self.step_ms else None,
-            seconds=seconds,
+            seconds=time.perf_counter() - started,
             peak_rss_mb=_peak_rss_mb(),
-            history=list(_history(reader)),
+            history=list(_history(Reader(self.out / JOURNAL_FILE))),
         )
+        finish(self.out, _metrics_text(metrics))
+        return metrics
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """A step of several directions, seen as the one point pair of one of them."""
+
+    step: ZOStep
+    direction: int
+
+    def plus(self) -> AbstractContextManager[None]:
+        return self.step.plus(self.direction)
+
+    def minus(self) -> AbstractContextManager[None]:
+        return self.step.minus(self.direction)
+
+
+def _finished(out: Path) -> Metrics | None:
+    """The metrics of a run that is finished."""
+    if not (out / METRICS_FILE).exists():
+        return None
+    text = (out / METRICS_FILE).read_text()
+    finish(out, text)
+    return json.loads(text)
 
 
 def _entry(step: Step) -> HistoryEntry:
@@ -498,7 +566,7 @@ def _header(base: Mapping[str, Any], config: TrainConfig, data_fingerprint: str)
     return Header(
         **base,
         data_fingerprint=data_fingerprint,
-        directions=1,
+        directions=settings.pop("directions"),
         lr=float(settings.pop("lr")),
         seed=settings.pop("seed"),
         settings=settings,
@@ -564,7 +632,9 @@ def _find_layer(
 
 
 def _evaluate(scorer: Scorer, examples: Sequence[EncodedExample]) -> Evaluation:
-    accuracy, loss = scorer.evaluate(examples)
+    share = distributed.share_of(examples)
+    found = scorer.evaluate(share) if share else (0.0, 0.0)
+    accuracy, loss = distributed.mean_over_ranks(found, [len(share)] * 2)
     return {"accuracy": accuracy, "loss": _finite_or_none(loss)}
 
 
