@@ -1,10 +1,11 @@
-"""One rank of the runs that tests/test_distributed.py looks into: python ranks.py SCENARIO FOLDER."""
+"""One rank of the runs in tests/test_distributed.py: python ranks.py SCENARIO FOLDER."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,10 +42,8 @@ def whole_runs(folder: Path) -> None:
             raise KeyboardInterrupt
 
     for name in ("taken up", "stopped"):
-        try:
+        with suppress(KeyboardInterrupt):
             train(tiny_model(), TOKENIZER, SHORT, folder / "data", folder / name, on_progress=stop)
-        except KeyboardInterrupt:
-            pass
     model = tiny_model()
     resume(model, TOKENIZER, folder / "taken up")
     save(model, folder / "taken up")
