@@ -17,7 +17,7 @@ from dlzo_kernels.ops.accumulate import accumulate_
 from dlzo_kernels.ops.activation_stats import ActivationStats, activation_stats
 from dlzo_kernels.ops.gaussian import gaussian
 from dlzo_kernels.ops.perturb import perturb_, perturb_into
-from dlzo_kernels.step import StepResult, ZOStep, zo_step
+from dlzo_kernels.step import StepResult, ZOStep, update_scales, zo_replay, zo_step
 
 select_isa_from_environment()
 
@@ -34,5 +34,7 @@ __all__ = [
     "gaussian",
     "perturb_",
     "perturb_into",
+    "update_scales",
+    "zo_replay",
     "zo_step",
 ]

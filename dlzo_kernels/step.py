@@ -140,9 +140,18 @@ class ZOStep:
             yield
 
     def update(
-        self, loss_plus: Loss | Sequence[Loss], loss_minus: Loss | Sequence[Loss]
+        self,
+        loss_plus: Loss | Sequence[Loss],
+        loss_minus: Loss | Sequence[Loss],
+        *,
+        max_loss: float = math.inf,
     ) -> StepResult:
         """Moves the weights by the losses: numbers or 0-d tensors, one per direction.
+
+        Args:
+            loss_plus: at master + eps z.
+            loss_minus: at master - eps z.
+            max_loss: a loss above it leaves the weights as they were, as one that is not finite.
 
         Raises:
             ValueError: not one loss per direction.
@@ -157,7 +166,7 @@ class ZOStep:
                 f"{len(plus)} and {len(minus)} losses for {self._directions} directions: "
                 "give one of each per direction"
             )
-        return self._finish(plus, minus)
+        return self._finish(plus, minus, max_loss)
 
     def _run(self, closure: Callable[[], Loss]) -> StepResult:
         plus, minus = [], []
@@ -204,31 +213,63 @@ class ZOStep:
                 t.live.detach().copy_(t.entry.master)
                 t.entry.release(t.live)
 
-    def _finish(self, plus: list[float], minus: list[float]) -> StepResult:
+    def _finish(
+        self, plus: list[float], minus: list[float], max_loss: float = math.inf
+    ) -> StepResult:
         grads = [(p - m) / (2 * self._eps) for p, m in zip(plus, minus, strict=True)]
-        scales = [-self._lr / self._directions * g for g in grads]
-        applied = all(math.isfinite(loss) for loss in (*plus, *minus)) and all(
+        scales = update_scales(self._lr, grads)
+        applied = all(math.isfinite(loss) and loss <= max_loss for loss in (*plus, *minus)) and all(
             abs(scale) < 3.4e38 for scale in scales
         )
         # A product of zero and z could still turn -0.0 into 0.0.
         if applied and any(scales):
-            self._apply(scales)
+            _accumulate(self._tuned, [self._seed] * len(scales), scales, range(len(scales)))
         else:
             self._restore()
         self._taken = True
         return StepResult(tuple(plus), tuple(minus), tuple(grads), applied)
 
-    def _apply(self, scales: list[float]) -> None:
-        seeds, queries = [self._seed] * len(scales), range(len(scales))
-        with _uninterrupted():
-            for t in self._tuned:
-                arguments = {"stream": t.stream, "query": queries}
-                if t.live.dtype is torch.float32:
-                    accumulate_(t.entry.master, seeds, scales, **arguments)
-                    t.live.detach().copy_(t.entry.master)
-                else:
-                    accumulate_(t.entry.master, seeds, scales, **arguments, out=t.live)
-                t.entry.release(t.live)
+
+def update_scales(lr: float, projected_grads: Sequence[float]) -> list[float]:
+    """The multiple of each direction's z that a step adds to the master: -lr / K * g_k."""
+    return [-lr / len(projected_grads) * grad for grad in projected_grads]
+
+
+def zo_replay(
+    layer: Layer, seeds: Sequence[int], scales: Sequence[float], queries: Sequence[int]
+) -> None:
+    """Adds scales[i] * z(seeds[i], queries[i]) for each i in turn, in one pass over the weights.
+
+    Bit-equal to the updates of the steps that these come from, and the next `zo_step` goes on from
+    the same float32 master. A step that was not applied, or whose scales are all zero, moved
+    nothing: leave it out.
+
+    Args:
+        layer: as in `zo_step`, with the weights that the first of these steps started from.
+        seeds: of z, in [0, 2^64).
+        scales: `update_scales` of the steps, one after the other.
+        queries: number of the direction of each.
+
+    Raises:
+        ValueError: lengths differ, a number is out of range, or a parameter cannot be tuned.
+        RuntimeError: a step has the layer perturbed.
+    """
+    tuned = [_adopt(stream, name, live) for stream, name, live in _collect(layer)]
+    _accumulate(tuned, seeds, scales, queries)
+
+
+def _accumulate(
+    tuned: Sequence[_Tuned], seeds: Sequence[int], scales: Sequence[float], queries: Sequence[int]
+) -> None:
+    with _uninterrupted():
+        for t in tuned:
+            arguments = {"stream": t.stream, "query": queries}
+            if t.live.dtype is torch.float32:
+                accumulate_(t.entry.master, seeds, scales, **arguments)
+                t.live.detach().copy_(t.entry.master)
+            else:
+                accumulate_(t.entry.master, seeds, scales, **arguments, out=t.live)
+            t.entry.release(t.live)
 
 
 class _Entry:

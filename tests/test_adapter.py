@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dlzo.adapter import layer_fingerprint, load_adapter, save_adapter
+from dlzo.adapter import layer_fingerprint, load_adapter, read_config, save_adapter
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from tiny import tiny_model
@@ -41,16 +42,20 @@ def base(adapter):
     return tiny_model(dtype=adapter[1]["model.norm.weight"].dtype)
 
 
-def rewrite_config(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def rewrite_config(folder, text):
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, None if text is None else {"dlzo-layer": text})
+
+
+def change_config(folder, **changes):
+    rewrite_config(folder, json.dumps(read_config(folder) | changes))
 
 
 def rewrite_weights(folder, change):
     path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
+    tensors, config = load_file(path), read_config(folder)
     change(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, {"dlzo-layer": json.dumps(config)})
 
 
 def assert_refused(adapter, says, model=None):
@@ -68,10 +73,7 @@ def test_round_trip_is_exact(adapter):
     config = load_adapter(model, folder)
     assert same(state(model), tuned)
     assert (config["layer"], config["task"], config["base_model"]) == (LAYER, "sst2", "tiny")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert [path.name for path in folder.iterdir()] == ["adapter_model.safetensors"]
 
 
 def test_weights_file_holds_the_tuned_layer_alone_by_full_names(adapter):
@@ -112,15 +114,14 @@ def test_another_architecture_is_refused(adapter):
 
 
 def test_a_layer_that_the_model_lacks_is_refused(adapter):
-    rewrite_config(adapter[0], layer=4)
+    change_config(adapter[0], layer=4)
     assert_refused(adapter, "tunes layer 4 and the model has 4 layers")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "peft"}, "not the configuration"),
-        ({"version": 2}, "format version 2"),
+        ({"version": 1}, "format version 1"),
         ({"layer": "2"}, "'layer'"),
         ({"layer": True}, "'layer'"),
         ({"base_fingerprint": None}, "'base_fingerprint'"),
@@ -128,21 +129,35 @@ def test_a_layer_that_the_model_lacks_is_refused(adapter):
     ],
 )
 def test_bad_configuration_is_refused(adapter, change, says):
-    rewrite_config(adapter[0], **change)
+    change_config(adapter[0], **change)
     assert_refused(adapter, says)
 
 
-def test_damaged_or_missing_files_are_refused(adapter):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "not a dlzo adapter"),
+        ("{", "damaged configuration"),
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+    ids=["none", "torn", "a list", "deep"],
+)
+def test_a_configuration_that_is_none_is_refused(adapter, text, says):
+    rewrite_config(adapter[0], text)
+    assert_refused(adapter, says)
+
+
+def test_damaged_or_missing_files_are_refused(adapter, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = adapter[0]
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert_refused(adapter, r"adapter_model\.safetensors.*cannot be read")
     weights.unlink()
     assert_refused(adapter, r"adapter_model\.safetensors.*cannot be read")
-    (folder / "adapter_config.json").write_text("{")
-    assert_refused(adapter, r"adapter_config\.json.*damaged")
-    (folder / "adapter_config.json").unlink()
-    assert_refused(adapter, "is not an adapter")
+    folder.rmdir()
+    assert_refused(adapter, "is not a folder and cannot be fetched")
 
 
 NAME = f"model.layers.{LAYER}.mlp.up_proj.weight"
@@ -168,9 +183,9 @@ def test_a_failed_write_leaves_the_old_adapter(adapter, monkeypatch):
     folder = adapter[0]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def fail(tensors, path):
+    def fail(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise OSError("disk full")
+        raise SafetensorError("disk full")
 
     monkeypatch.setattr("dlzo.adapter.save_file", fail)
     with pytest.raises(OSError, match="disk full"):

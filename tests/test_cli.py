@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dlzo import cli
+from dlzo.models import load_model
+from dlzo.trainer import TrainConfig, train
 from tiny import byte_tokenizer, tiny_model
 
 
@@ -43,7 +49,9 @@ def run(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return exit_info.value.code or 0, out, err
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 def train_arguments(model: str, data: str, out: Path, *more: object) -> list[object]:
@@ -136,6 +144,118 @@ def test_an_existing_result_is_kept_unless_it_may_be_replaced(run, model, data, 
     assert (out / "metrics.json").read_bytes() == before
     assert run(*train_arguments(model, data, out, "--overwrite", "--seed", "1"))[0] == 0
     assert json.loads((out / "metrics.json").read_text())["seed"] == 1
+
+
+@pytest.fixture(scope="module")
+def finished(model, data, tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    train(
+        *load_model(model, dtype=torch.float32),
+        TrainConfig("sst2", layer=1, steps=4, eval_every=2),
+        data,
+        out,
+    )
+    return out
+
+
+def test_an_interrupted_run_says_how_it_goes_on(run, model, data, tmp_path, finished, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlzo.trainer.Scorer.loss_sums", interrupt)
+        code, text, _ = run(*train_arguments(model, data, out))
+    assert code == 130
+    assert f"dlzo train --resume {out}" in text
+    assert not (out / "metrics.json").exists()
+    for _ in range(2):
+        code, text, _ = run("train", "--resume", out)
+        assert code == 0 and "untuned" in text
+    for name in ("journal.zo", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_resume_takes_no_other_setting(run, model, tmp_path):
+    code, _, err = run("train", "--resume", tmp_path, "--steps", 5)
+    assert code == 2 and "leave out steps" in err
+    code, _, err = run("train", model, "--resume", tmp_path)
+    assert code == 2 and "leave out model" in err
+    code, _, err = run("train", "--resume", tmp_path)
+    assert code == 2 and "holds no run" in err
+    code, _, err = run("train", model)
+    assert code == 2 and "--resume FOLDER" in err
+
+
+def test_replay_rebuilds_the_best_layer(run, model, tmp_path, finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    best = metrics["best"]["step"]
+    journal, out = finished / "journal.zo", tmp_path / "rebuilt"
+    assert run("replay", model, journal, "--out", out, "--until", best)[0] == 0
+    rebuilt, kept = (load_file(f / "adapter_model.safetensors") for f in (out, finished))
+    assert all(torch.equal(rebuilt[name], kept[name]) for name in kept)
+    code, _, err = run("replay", model, journal, "--out", out)
+    assert code == 2 and "holds an adapter" in err
+    torn = tmp_path / "torn.zo"
+    torn.write_bytes(journal.read_bytes()[:-1])
+    code, _, err = run("replay", model, torn, "--out", tmp_path / "torn")
+    assert code == 0 and err.startswith("warning: ") and "whole up to step 4" in err
+
+
+def test_journals_are_shown_verified_compared_and_shortened(run, tmp_path, finished):
+    journal = finished / "journal.zo"
+    code, text, _ = run("journal", "show", journal, "--steps", 2)
+    assert code == 0
+    for shown in ("noise version", "sst2", "layers.1.mlp.up_proj.weight", "validation", "yes"):
+        assert shown in text
+    code, text, _ = run("journal", "verify", journal)
+    assert code == 0 and "whole: 4 steps, 0 of them skipped" in text
+    small, torn = tmp_path / "small.zo", tmp_path / "torn.zo"
+    code, text, _ = run("journal", "compact", journal, "--out", small)
+    assert code == 0 and f"{small.stat().st_size:,} bytes" in text
+    assert run("journal", "diff", journal, journal)[:2] == (0, "the same\n")
+    code, text, _ = run("journal", "diff", journal, small)
+    assert code == 1 and "its compact is False, not True" in text and "step 1: gradient" in text
+    torn.write_bytes(journal.read_bytes()[:-1])
+    code, _, err = run("journal", "verify", torn)
+    assert code == 2 and err.startswith("error: ") and "whole up to step 4" in err
+    code, text, err = run("journal", "diff", journal, torn)
+    assert code == 1 and "ends here" in text and "after step 4: test" in text and "lost" in err
+    code, _, err = run("journal", "show", finished / "metrics.json")
+    assert code == 2 and "not a dlzo journal" in err
+
+
+def test_a_run_is_exported_in_each_form(run, model, data, tmp_path, finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for form, names in (
+        ("adapter", {"adapter_model.safetensors"}),
+        ("journal", {"journal.zo"}),
+        ("model", {"model.safetensors", "config.json", "tokenizer.json"}),
+    ):
+        out = tmp_path / form
+        assert run("export", finished, "--out", out, "--form", form)[0] == 0
+        assert {path.name for path in out.iterdir()} >= {*names, "README.md"}
+        card = (out / "README.md").read_text()
+        assert "Decoder layer 1" in card and str(metrics["test"]["loss"]) in card
+        assert "/" not in card.split("---")[1]
+    found = tmp_path / "eval.json"
+    common = ["--task", "sst2", "--data", data, "--dtype", "float32", "--json", found]
+    run("eval", tmp_path / "model", *common)
+    assert json.loads(found.read_text()) == metrics["test"]
+    run("eval", model, "--adapter", tmp_path / "adapter", *common)
+    assert json.loads(found.read_text()) == metrics["test"]
+
+
+def test_exports_that_cannot_be_are_refused(run, tmp_path, finished):
+    code, _, err = run("export", finished, "--out", tmp_path / "x", "--form", "pickle")
+    assert code == 2 and "'pickle'" in err
+    code, _, err = run("export", tmp_path, "--out", tmp_path / "x")
+    assert code == 2 and "cannot be read" in err
+    code, _, err = run("export", finished, "--out", tmp_path)
+    assert code == 2 and "exists" in err
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_malformed_row_is_named_with_file_and_line(run, model, data, tmp_path):

@@ -265,13 +265,13 @@ def test_sixteen_bit_models_have_float32_logits_for_the_options():
     torch.testing.assert_close(scores[:, 1] - scores[:, 0], expected, rtol=0, atol=1e-5)
 
 
-def test_evaluate_counts_hits_and_takes_the_mean_loss():
+def test_evaluate_counts_hits_and_sums_the_loss():
     model, tokenizer = tiny_model(), byte_tokenizer()
     scorer = Scorer(model, tokenizer)
-    accuracy, loss = scorer.evaluate(scorer.plan(scorer.encode(EXAMPLES)))
-    hits = [plain_scores(model, tokenizer, e).argmax().item() == e.gold for e in EXAMPLES]
-    assert accuracy == sum(hits) / len(hits)
-    assert loss == pytest.approx(plain_loss(model, tokenizer, EXAMPLES), abs=1e-5)
+    hits, total, weight = scorer.evaluate(scorer.plan(scorer.encode(EXAMPLES)))
+    right = [plain_scores(model, tokenizer, e).argmax().item() == e.gold for e in EXAMPLES]
+    assert (hits, weight) == (sum(right), len(EXAMPLES))
+    assert total / weight == pytest.approx(plain_loss(model, tokenizer, EXAMPLES), abs=1e-5)
 
 
 def test_spaces_only_are_stripped():

@@ -3,8 +3,11 @@
 from dlzo import probe
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
+from dlzo.evaluation import evaluate
+from dlzo.export import export
 from dlzo.models import decoder_layers, load_model
-from dlzo.trainer import TrainConfig, evaluate, train
+from dlzo.replay import replay
+from dlzo.trainer import TrainConfig, resume, train
 from dlzo_kernels import __version__
 
 __all__ = [
@@ -13,8 +16,11 @@ __all__ = [
     "__version__",
     "decoder_layers",
     "evaluate",
+    "export",
     "load_adapter",
     "load_model",
     "probe",
+    "replay",
+    "resume",
     "train",
 ]

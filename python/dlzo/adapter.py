@@ -1,27 +1,32 @@
-"""Adapters: one tuned decoder layer on disk, bound to the base model it was tuned in."""
+"""Adapters: one tuned decoder layer on disk, bound to the base model it was tuned in.
+
+An adapter is one safetensors file, with its configuration as JSON in the file's metadata: so the
+two cannot get out of step.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlzo.errors import UserError
-from dlzo.files import replace_file
+from dlzo.files import parse_json_object, replace_file
 from dlzo.models import decoder_layers
 
 FORMAT = "dlzo-layer"
-VERSION = 1
+VERSION = 2
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -47,7 +52,7 @@ def save_adapter(
     base_fingerprint: str,
     info: Mapping[str, Any],
 ) -> None:
-    """Writes a decoder layer as it is now to the folder `path`, each file whole or not at all.
+    """Writes a decoder layer as it is now to the folder `path`, whole or not at all.
 
     Args:
         path: Folder of the adapter; made if it is missing.
@@ -55,12 +60,14 @@ def save_adapter(
         layer_index: Which decoder layer, from 0.
         base_fingerprint: `layer_fingerprint` of the layer before it was tuned.
         info: Further JSON values for the configuration, such as the task.
+
+    Raises:
+        OSError: It cannot be written; what was there is as it was.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         **info,
-        "format": FORMAT,
         "version": VERSION,
         "base_model": model.name_or_path,
         "base_fingerprint": base_fingerprint,
@@ -69,24 +76,32 @@ def save_adapter(
     }
     tensors = {
         name: parameter.detach().cpu().contiguous()
-        for name, parameter in _layer_parameters(model, layer_index).items()
+        for name, parameter in layer_parameters(model, layer_index).items()
     }
-    replace_file(folder / WEIGHTS_FILE, lambda partial: save_file(tensors, partial))
-    replace_file(
-        folder / CONFIG_FILE,
-        lambda partial: partial.write_text(json.dumps(config, indent=2) + "\n"),
-    )
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(tensors, partial, {FORMAT: json.dumps(config)})
+        except SafetensorError as error:
+            # A full disk, for one.
+            raise OSError(str(error)) from error
+
+    replace_file(folder / WEIGHTS_FILE, write)
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path) -> dict[str, Any]:
-    """Puts the tuned layer of the adapter in folder `path` into `model`; returns its configuration.
+def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str, Any]:
+    """Puts a tuned layer into `model`; returns the adapter's configuration.
+
+    Args:
+        model: The adapter's base model.
+        path_or_hub_id: Folder that holds the adapter, or its id on the Hugging Face hub.
 
     Raises:
         UserError: the adapter is missing, damaged or made for another base model; the model is
             left as it was.
     """
-    folder = Path(path)
-    config = _read_config(folder / CONFIG_FILE)
+    path = _find(path_or_hub_id)
+    config, tensors = _read(path)
     dtype = dtype_name(model)
     if config["dtype"] != dtype:
         raise UserError(
@@ -100,9 +115,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> dict[str, Any]:
             f"adapter {str(path)!r} tunes layer {layer} and the model has {len(layers)} layers: "
             f"load its base model, {config['base_model']!r}"
         )
-    parameters = _layer_parameters(model, layer)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
-    _check_tensors(folder / WEIGHTS_FILE, tensors, parameters)
+    parameters = layer_parameters(model, layer)
+    _check_tensors(path, tensors, parameters)
     if layer_fingerprint(layers[layer]) != config["base_fingerprint"]:
         raise UserError(
             f"adapter {str(path)!r} was tuned from other weights of layer {layer} than this "
@@ -114,39 +128,69 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> dict[str, Any]:
     return config
 
 
-def _layer_parameters(model: PreTrainedModel, layer_index: int) -> dict[str, nn.Parameter]:
-    """The layer's parameters by their full names in the model."""
+def layer_parameters(model: PreTrainedModel, layer_index: int) -> dict[str, nn.Parameter]:
+    """A decoder layer's parameters by their full names in the model."""
     own = {id(parameter) for parameter in decoder_layers(model)[layer_index].parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The configuration of the adapter in a folder.
+
+    Raises:
+        UserError: the adapter is missing or damaged.
+    """
+    with _opened(_find(path)) as (config, _):
+        return config
+
+
+def _find(path_or_hub_id: str | Path) -> Path:
+    folder = Path(path_or_hub_id)
+    if folder.exists():
+        return folder / WEIGHTS_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{str(path.parent)!r} is not an adapter: {error}") from error
+        return Path(hf_hub_download(str(path_or_hub_id), WEIGHTS_FILE))
+    # The hub's errors, and what it raises for a name that can be none of its own.
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"adapter {str(path_or_hub_id)!r} is not a folder and cannot be fetched from the "
+            f"Hugging Face hub: check the name or the network"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with _opened(path) as (config, file):
+        return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The configuration in a safetensors file, and the open file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield _checked((file.metadata() or {}).get(FORMAT), path), file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter {str(path)!r} cannot be read: {error}") from error
+
+
+def _checked(text: str | None, path: Path) -> dict[str, Any]:
+    """The configuration in a text from anywhere."""
+    if text is None:
+        raise UserError(f"{str(path)!r} is not a dlzo adapter: its metadata has no {FORMAT!r}")
+    try:
+        config = parse_json_object(text)
     except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged ({error}): train it again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{str(path)!r} is not the configuration of a dlzo adapter")
+        raise UserError(f"{str(path)!r} has a damaged configuration: {error}") from error
     if config.get("version") != VERSION:
         raise UserError(
-            f"{str(path)!r} has format version {config.get('version')!r} and this dlzo reads "
-            f"version {VERSION}: train it again or use the dlzo that wrote it"
+            f"{str(path)!r} has format version {str(config.get('version'))[:60]} and this dlzo "
+            f"reads version {VERSION}: train it again or use the dlzo that wrote it"
         )
     fields = {"base_model": str, "base_fingerprint": str, "dtype": str, "layer": int}
     for field, kind in fields.items():
         if type(config.get(field)) is not kind:
             raise UserError(f"{str(path)!r} has no valid {field!r}: train it again")
     return config
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}): train it again") from error
 
 
 def _check_tensors(

@@ -1,8 +1,9 @@
-"""The command `dlzo`: probe, train, eval, demo."""
+"""The command `dlzo`: probe, train, replay, export, eval, demo, journal."""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +25,22 @@ from rich.table import Table
 
 from dlzo.adapter import load_adapter
 from dlzo.calibration import read_texts
+from dlzo.cli_journal import app as journal_app
+from dlzo.cli_journal import warn
 from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
+from dlzo.distributed import from_first_rank, joined, rank
 from dlzo.errors import UserError
+from dlzo.evaluation import evaluate
+from dlzo.export import Form, export
 from dlzo.files import replace_file
+from dlzo.journal import Reader
 from dlzo.models import load_model, parse_dtype
 from dlzo.plots import plot_history, plot_probe
 from dlzo.probe import probe
+from dlzo.replay import replay
+from dlzo.run import JOURNAL_FILE, read_settings
 from dlzo.tasks import Split
-from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, evaluate, train
+from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, resume, train
 
 app = typer.Typer(
     help="Fine-tune language models with forward passes only.",
@@ -39,6 +48,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(journal_app, name="journal")
 console = Console()
 
 _DEFAULTS = TrainConfig("sst2")
@@ -75,10 +85,11 @@ def probe_command(
 
 @app.command("train")
 def train_command(
-    model: Model,
-    task: Task,
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the result.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder, GGUF file, hub id or name.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task, such as sst2.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     method: Annotated[str, typer.Option(help="How to tune.")] = _DEFAULTS.method,
     layer: Annotated[str, typer.Option(help="Decoder layer, 'auto' to probe for it.")] = "auto",
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
@@ -93,33 +104,77 @@ def train_command(
     prefix_cache_dir: Annotated[
         Path | None, typer.Option(help="Folder for what does not fit into it.")
     ] = None,
+    directions: Annotated[int, typer.Option(help="Averaged in a step.")] = _DEFAULTS.directions,
+    sync_steps: Annotated[
+        int, typer.Option(help="Most steps that a power cut may take.")
+    ] = _DEFAULTS.sync_steps,
+    sync_seconds: Annotated[
+        float, typer.Option(help="Most seconds that a power cut may take.")
+    ] = _DEFAULTS.sync_seconds,
     dtype: Dtype = "bfloat16",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+    ] = None,
     plot: Plot = None,
 ) -> None:
     """Fine-tune one decoder layer with forward passes only."""
-    config = TrainConfig(
-        task=task,
-        method=method,
-        layer=_parse_layer(layer),
-        steps=steps,
-        batch_size=batch_size,
-        eps=eps,
-        lr=lr,
-        seed=seed,
-        eval_every=eval_every,
-        prefix_cache_mb=prefix_cache_mb,
-        prefix_cache_dir=None if prefix_cache_dir is None else str(prefix_cache_dir),
-    )
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
-    with _progress(steps) as on_progress:
-        metrics = train(
-            loaded, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+    if resume_from is not None:
+        _refuse_beside_resume(context)
+        metrics = _resume(resume_from)
+    elif model is None or task is None or data is None or out is None:
+        raise UserError("train needs MODEL, --task, --data and --out, or --resume FOLDER")
+    else:
+        config = TrainConfig(
+            task=task,
+            method=method,
+            layer=_parse_layer(layer),
+            steps=steps,
+            batch_size=batch_size,
+            eps=eps,
+            lr=lr,
+            seed=seed,
+            eval_every=eval_every,
+            prefix_cache_mb=prefix_cache_mb,
+            prefix_cache_dir=None if prefix_cache_dir is None else str(prefix_cache_dir.resolve()),
+            directions=directions,
+            sync_steps=sync_steps,
+            sync_seconds=sync_seconds,
         )
+        loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+        with _resumable(out), _progress(steps) as on_progress:
+            metrics = train(
+                loaded, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+            )
     console.print(_summary(metrics))
-    console.print(f"written to {out}", highlight=False)
+    console.print(f"written to {out or resume_from}", highlight=False)
     if plot is not None:
         plot_history(metrics, plot)
+
+
+@app.command("replay")
+def replay_command(
+    model: Model,
+    journal: Annotated[Path, typer.Argument(help="A run's journal.zo.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    until: Annotated[int | None, typer.Option(help="Last step; by default, of all.")] = None,
+) -> None:
+    """Rebuild a tuned layer from the base model and a journal, bit for bit."""
+    loaded, _ = load_model(model, dtype=parse_dtype(Reader(journal).header.dtype))
+    reader = replay(loaded, journal, out, until=until)
+    warn(reader)
+    console.print(f"layer {reader.header.layer} written to {out}", highlight=False)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    form: Annotated[str, typer.Option(help="adapter, model (merged) or journal.")] = "adapter",
+) -> None:
+    """Write the tuned layer of a run, with a model card, in a form to hand on."""
+    export(run, out, cast(Form, form))
+    console.print(f"written to {out}", highlight=False)
 
 
 @app.command("eval")
@@ -127,7 +182,7 @@ def eval_command(
     model: Model,
     task: Task,
     data: Data,
-    adapter: Annotated[Path | None, typer.Option(help="Folder that `train` wrote.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     dtype: Dtype = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
@@ -158,7 +213,7 @@ def demo_command(
     config = TrainConfig("sst2", layer=report.decision.layer, steps=steps)
     examples = shown_examples()
     before = probabilities(model, tokenizer, examples)
-    with demo_data() as data, _progress(steps) as on_progress:
+    with _resumable(out), demo_data() as data, _progress(steps) as on_progress:
         metrics = train(
             model, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
         )
@@ -171,8 +226,12 @@ def demo_command(
 
 def main() -> None:
     """Runs the command; what the user can mend ends in one sentence and exit code 2."""
+    # Being told to end is as Ctrl-C, which never comes amid a write to the weights.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        app()
+        with joined():
+            console.quiet = rank() != 0
+            app()
     except UserError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -185,6 +244,39 @@ def _fail(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(2)
+
+
+def _refuse_beside_resume(context: typer.Context) -> None:
+    for name in context.params:
+        given = context.get_parameter_source(name).name == "COMMANDLINE"
+        if given and name not in ("resume_from", "plot"):
+            raise UserError(
+                f"--resume takes all settings from its folder: leave out {name.replace('_', '-')}"
+            )
+
+
+def _resume(out: Path) -> Metrics:
+    settings = from_first_rank(lambda: read_settings(out))
+    loaded, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
+    with _resumable(out), _progress(settings["config"].get("steps")) as on_progress:
+        return resume(loaded, tokenizer, out, on_progress=on_progress)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says, where a run is interrupted, how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (out / JOURNAL_FILE).exists():
+            raise
+        console.print(
+            f"interrupted: the best layer so far is in {out}; go on with "
+            f"`dlzo train --resume {out}`",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
 
 
 def _parse_layer(text: str) -> int | None:
@@ -205,8 +297,8 @@ def _write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
-    """A bar that shows the last training loss and the last validation accuracy."""
+def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
+    """A bar that shows the last training loss and the last validation."""
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -214,15 +306,17 @@ def _progress(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    shown = {"loss": "", "accuracy": ""}
+    shown = {"training": "", "validation": ""}
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("scoring the untuned model", total=steps)
 
         def on_progress(entry: HistoryEntry) -> None:
             if (loss := entry.get("train_loss")) is not None:
-                shown["loss"] = f"loss {loss:.3f}  "
+                shown["training"] = f"loss {loss:.3f}  "
             if "validation_accuracy" in entry:
-                shown["accuracy"] = f"validation accuracy {entry['validation_accuracy']:.3f}"
+                shown["validation"] = f"validation accuracy {entry['validation_accuracy']:.3f}"
+            elif entry.get("validation_loss") is not None:
+                shown["validation"] = f"validation loss {entry['validation_loss']:.3f}"
             bar.update(task, completed=entry["step"], description="".join(shown.values()))
 
         yield on_progress
@@ -231,7 +325,8 @@ def _progress(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
 def _summary(metrics: Metrics) -> Table:
     """The four evaluations of a run, and what it cost."""
     table = Table(title=f"{metrics['task']}, layer {metrics['layer']}, {metrics['dtype']}")
-    for heading in ("", "split", "accuracy", "loss"):
+    measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
+    for heading in ("", "split", *measured, "loss"):
         table.add_column(heading, justify="left" if heading in ("", "split") else "right")
     rows = [
         ("untuned", "test", metrics["zero_shot"]),
@@ -240,14 +335,14 @@ def _summary(metrics: Metrics) -> Table:
         ("best", "test", metrics["test"]),
     ]
     for name, split, found in rows:
-        if found is not None:
-            loss = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
-            table.add_row(name, split, f"{found['accuracy']:.3f}", loss)
+        loss = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
+        # Validation generates no answers.
+        figures = [f"{found[key]:.3f}" if key in found else "" for key in measured]
+        table.add_row(name, split, *figures, loss)
     step_ms = metrics["step_ms_median"]
     table.caption = (
         f"{metrics['seconds']:.0f} s, "
         + ("" if step_ms is None else f"{step_ms:.0f} ms a step, ")
         + f"peak memory {metrics['peak_rss_mb']:.0f} MB"
-        + (", interrupted" if metrics["interrupted"] else "")
     )
     return table

@@ -1,14 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that only grow."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a sibling of `path`, and puts it in the place of `path`.
+    """Lets `write` make a sibling of `path`, and puts it, on the disk, in the place of `path`.
 
     Raises:
         OSError: it cannot be written; `path` is as it was.
@@ -16,8 +20,90 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
         os.replace(partial, path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A sibling of `path` to fill, which becomes `path` when all went well, else disappears.
+
+    Raises:
+        OSError: `path` exists, or cannot be written.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        os.rename(partial, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what a killed `replace_file` may have left; nobody else writes to the folder."""
+    for partial in folder.glob(".*.partial-*"):
+        partial.unlink()
+
+
+class GrowingFile:
+    """A file open for appending. A failed append leaves no more than a torn tail.
+
+    Args:
+        path: An existing file.
+        size: Bytes to keep; what follows them is cut off.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.ftruncate(self._descriptor, size)
+
+    def append(self, data: bytes) -> None:
+        """Hands `data` to the system: from there it outlives this process, but no power cut.
+
+        Raises:
+            OSError: it cannot be written whole.
+        """
+        left = memoryview(data)
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+
+    def sync(self) -> None:
+        """Waits until all that was appended is on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in a text from anywhere, in UTF-8.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from gguf import GGUFReader
@@ -74,6 +76,29 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         f"{type(model).__name__} has no list of {count} decoder layers of one class: "
         "choose a decoder-only model"
     )
+
+
+_in_use: WeakSet[nn.Module] = WeakSet()
+_guard = threading.Lock()
+
+
+@contextmanager
+def sole_use(model: nn.Module) -> Iterator[None]:
+    """Keeps other threads off a model whose weights are moved, or whose layers are hooked.
+
+    Raises:
+        UserError: the model is in use.
+    """
+    with _guard:
+        if model in _in_use:
+            raise UserError(
+                "the model is in use by another run of this process: wait for it or load it again"
+            )
+        _in_use.add(model)
+    try:
+        yield
+    finally:
+        _in_use.discard(model)
 
 
 def load_model(

@@ -51,23 +51,24 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
 
 
 def plot_history(metrics: Metrics, path: Path) -> None:
-    """Draw validation accuracy and loss by step, with the test split before and after marked.
+    """Draw accuracy (or F1) and loss by step, with the test split before and after marked.
 
     Raises:
         UserError: the suffix is neither .png nor .svg, or the file cannot be written.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     panels = figure.subplots(2, sharex=True)
-    validated = [entry for entry in metrics["history"] if "validation_accuracy" in entry]
+    validated = [entry for entry in metrics["history"] if "validation_loss" in entry]
     steps = [entry["step"] for entry in validated]
     best, test = metrics["best"], metrics["test"]
-    for axes, name in zip(panels, ("accuracy", "loss"), strict=True):
-        # A loss that is not finite is None: NaN leaves a gap in the line.
-        values = [math.nan if (v := e[f"validation_{name}"]) is None else v for e in validated]
+    quality = "accuracy" if "accuracy" in test else "f1"
+    for axes, name in zip(panels, (quality, "loss"), strict=True):
+        # What was not measured or is not finite is None: NaN leaves a gap in the line.
+        found = [entry.get(f"validation_{name}") for entry in validated]
+        values = [math.nan if value is None else value for value in found]
         axes.plot(steps, values, "o-", color="tab:blue", ms=4, label="validation")
         axes.plot(0, metrics["zero_shot"][name], "D", color="tab:gray", label="test, untuned")
-        if test is not None:
-            axes.plot(best["step"], test[name], "*", color="tab:red", ms=12, label="test, best")
+        axes.plot(best["step"], test[name], "*", color="tab:red", ms=12, label="test, best")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
-import os
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import TypedDict
+from typing import Any, TypedDict, cast, get_args, get_type_hints
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.adapter import CONFIG_FILE, dtype_name, layer_fingerprint, save_adapter
+from dlzo import distributed
+from dlzo.adapter import dtype_name, layer_fingerprint, save_adapter
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers
+from dlzo.evaluation import Evaluation, judge, score
+from dlzo.journal import Reader, Writer, create
+from dlzo.models import decoder_layers, sole_use
 from dlzo.probe import probe
+from dlzo.records import Event, Header, Record, Step, encode_header
+from dlzo.replay import apply_steps, base_fields, differences
+from dlzo.run import (
+    JOURNAL_FILE,
+    METRICS_FILE,
+    check_free,
+    existing_run,
+    finish,
+    new_run,
+)
+from dlzo.sampler import batch_indices, step_seed
 from dlzo.scoring import EncodedExample, PrefixCache, Scorer
-from dlzo.tasks import Split, get_task, load_split
-from dlzo_kernels import zo_step
+from dlzo.tasks import Example, Split, get_task, load_split
+from dlzo_kernels import ZOStep, zo_step
 
 METHODS = ("dominant",)
-METRICS_FILE = "metrics.json"
-_LEAST = {"steps": 1, "batch_size": 1, "eval_every": 1, "seed": 0, "prefix_cache_mb": 0}
+_LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
+    **dict.fromkeys(("seed", "prefix_cache_mb"), 0),
+}
+_log = logging.getLogger("dlzo")
+
+# A loss this many times that of the untuned model, and at least this many nats, has exploded.
+EXPLODED = 10.0
+# Steps skipped in a row after which the run is given up.
+DIVERGED = 20
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,9 @@ class TrainConfig:
         prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
             change; 0 computes them anew at each step.
         prefix_cache_dir: folder for those beyond it, found again by later runs; None keeps none.
+        directions: perturbations in a step, whose updates are averaged.
+        sync_steps: steps from one fsync of the journal to the next: what a power cut may take.
+        sync_seconds: the most seconds from one fsync to the next.
 
     Raises:
         UserError: a value is out of its range.
@@ -68,6 +96,9 @@ class TrainConfig:
     eval_every: int = 100
     prefix_cache_mb: int = 1000
     prefix_cache_dir: str | None = None
+    directions: int = 1
+    sync_steps: int = 100
+    sync_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -81,13 +112,8 @@ class TrainConfig:
             raise UserError(f"eps is {self.eps}: give a number above 0, such as 1e-3")
         if not (math.isfinite(self.lr) and self.lr >= 0):
             raise UserError(f"lr is {self.lr}: give a number of 0 or above, such as 3e-4")
-
-
-class Evaluation(TypedDict):
-    """Share of right answers and mean cross-entropy over the options, None if it is not finite."""
-
-    accuracy: float
-    loss: float | None
+        if not self.sync_seconds >= 0:
+            raise UserError(f"sync_seconds is {self.sync_seconds}: give a number of 0 or above")
 
 
 class StepEvaluation(Evaluation):
@@ -97,7 +123,10 @@ class StepEvaluation(Evaluation):
 
 
 class HistoryEntry(TypedDict, total=False):
-    """One step; `train_loss` is the mean of the two points, None if it is not finite."""
+    """One step; `train_loss` is the mean of the two points, None if it is not finite.
+
+    Of a generation task, validation has a loss alone.
+    """
 
     step: int
     train_loss: float | None
@@ -108,8 +137,10 @@ class HistoryEntry(TypedDict, total=False):
 class Metrics(TypedDict):
     """The result of a run, as in metrics.json.
 
-    `zero_shot` (untuned) and `test` (best weights; None if interrupted) are on the test split,
-    `best` and `final` on the validation split.
+    `zero_shot` (untuned) and `test` (best weights) are on the test split, `best` and `final` on the
+    validation split. `skipped` steps had a loss that was not finite or had exploded. Times and
+    memory are those of the process that finished the run; `step_ms_median` is None if it did no
+    step.
     """
 
     model: str
@@ -118,6 +149,7 @@ class Metrics(TypedDict):
     layer: int
     steps: int
     batch_size: int
+    directions: int
     eps: float
     lr: float
     seed: int
@@ -125,13 +157,15 @@ class Metrics(TypedDict):
     zero_shot: Evaluation
     best: StepEvaluation
     final: StepEvaluation
-    test: Evaluation | None
-    interrupted: bool
+    test: Evaluation
     skipped: int
     step_ms_median: float | None
     seconds: float
     peak_rss_mb: float
     history: list[HistoryEntry]
+
+
+OnProgress = Callable[[HistoryEntry], None]
 
 
 def train(
@@ -142,223 +176,436 @@ def train(
     out: str | Path,
     *,
     overwrite: bool = False,
-    on_progress: Callable[[HistoryEntry], None] = lambda entry: None,
+    on_progress: OnProgress = lambda entry: None,
 ) -> Metrics:
-    """Tunes one decoder layer and writes its best weights and the metrics to the folder `out`.
+    """Tunes one decoder layer; its journal, best weights and metrics go to the folder `out`.
 
-    The model is left with the best weights. Ctrl-C ends the run early with the best weights so far;
-    it is raised again only where a result in `out` would be lost to an untuned layer.
+    However it ends, the model is left with the best weights so far. A run that was stopped, by
+    Ctrl-C or worse, goes on with `resume`; what `overwrite` replaces stays in OUT.replaced until
+    the run is finished.
 
     Args:
         model: a decoder-only model.
         tokenizer: its tokenizer.
         config: what to train and how.
         data_dir: folder of train.jsonl, validation.jsonl and test.jsonl.
-        out: folder of the result, written as a whole when the run ends.
+        out: folder of the run; it is finished when it holds metrics.json.
         overwrite: replace an earlier result in `out`.
         on_progress: called with the history's entry of each step, and of step 0.
 
     Raises:
-        UserError: the configuration does not fit the model or the data, or `out` cannot be written;
-            nothing has been changed.
+        UserError: the configuration does not fit the model or the data, or `out` cannot be used,
+            and nothing has been changed; or the run had to stop, and can be resumed.
     """
     started = time.perf_counter()
     out = Path(out).resolve()
-    _check_out(out, overwrite)
+    distributed.from_first_rank(lambda: check_free(out, overwrite))
+    with sole_use(model):
+        examples = _load_examples(config, data_dir)
+        layer = distributed.from_first_rank(lambda: _find_layer(model, tokenizer, config.layer))
+        config = replace(config, layer=layer)
+        run = _Run(model, tokenizer, config, examples, out)
+        untuned = run.evaluate_untuned()
+        settings = {
+            "model": _absolute(model.name_or_path),
+            "dtype": dtype_name(model),
+            "data": str(Path(data_dir).resolve()),
+            "config": asdict(config),
+        }
+        with ExitStack() as stack:
+            distributed.from_first_rank(
+                lambda: stack.enter_context(new_run(out, settings, overwrite=overwrite))
+            )
+            return run.complete(started, on_progress, untuned)
+
+
+def resume(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    *,
+    on_progress: OnProgress = lambda entry: None,
+) -> Metrics:
+    """Takes up the run in `out` where its journal ends; it ends in the same bits as in one go.
+
+    Args:
+        model: the run's base model, untuned.
+        tokenizer: its tokenizer.
+        out: folder of the run. Of a finished one, the metrics are returned as they are.
+        on_progress: called with the history's entry of each step, from the last one done on.
+
+    Raises:
+        UserError: `out` holds no run, or is in use; model or data are not those of the run.
+    """
+    started = time.perf_counter()
+    out = Path(out).resolve()
+    with sole_use(model), ExitStack() as stack:
+        settings = distributed.from_first_rank(lambda: stack.enter_context(existing_run(out)))
+        if (metrics := distributed.from_first_rank(lambda: _finished(out))) is not None:
+            return metrics
+        config = _config(settings["config"], out)
+        examples = _load_examples(config, settings["data"])
+        config = replace(config, layer=_find_layer(model, tokenizer, config.layer))
+        run = _Run(model, tokenizer, config, examples, out)
+        return run.complete(started, on_progress)
+
+
+class _Run:
+    """A run: what its journal says so far, and the weights that follow from it.
+
+    All that is known of a run comes from its records, one by one, whether they are read from the
+    journal or just made: so a run that was taken up cannot differ from one in one go.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        examples: Mapping[Split, Sequence[Example]],
+        out: Path,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.out = out
+        self.layer: nn.Module = decoder_layers(model)[config.layer]
+        self.task = get_task(config.task)
+        cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
+        self.scorer = Scorer(model, tokenizer, self.layer, loss=self.task.loss, cache=cache)
+        drawn = examples["train"]
+        if self.task.loss == "gold":
+            drawn = [example.gold_only() for example in drawn]
+        self.train_set = self.scorer.encode(drawn)
+        self.validation_set = self.scorer.encode(examples["validation"])
+        self.examples = examples
+        self.base = base_fields(model, config.layer)
+        self.header = _header(self.base, config, _fingerprint(examples))
+        self.entry: HistoryEntry = {"step": 0}
+        self.untuned: Evaluation | None = None
+        self.best: StepEvaluation | None = None
+        self.final: StepEvaluation | None = None
+        self.test: Evaluation | None = None
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.best_weights = self._weights()
+        self.step_ms = array("d")
+
+    def evaluate_untuned(self) -> Evaluation:
+        """The base model on the test split.
+
+        Raises:
+            UserError: its loss is not finite.
+        """
+        found = self._evaluate_test()
+        if found["loss"] is None:
+            raise UserError(
+                f"the loss of model {self.model.name_or_path!r} in {dtype_name(self.model)} is not "
+                "finite: load it in another dtype"
+            )
+        return found
+
+    def complete(
+        self, started: float, on_progress: OnProgress, untuned: Evaluation | None = None
+    ) -> Metrics:
+        """Does what is left of the run."""
+        distributed.check_equal(self._digest, "the model, the data or the settings")
+        try:
+            with ExitStack() as stack:
+                self._catch_up(distributed.from_first_rank(lambda: self._open_journal(stack)))
+                if self.untuned is None:
+                    self._record(Event(0, "untuned", untuned or self.evaluate_untuned()))
+                self._cache_prefixes()
+                self._do_steps(on_progress)
+                self._restore_best()
+                if self.test is None:
+                    self._record(Event(self.config.steps, "test", self._evaluate_test()))
+            return distributed.from_first_rank(lambda: self._finish(started))
+        except OSError as error:
+            raise UserError(
+                f"the run in {str(self.out)!r} stopped ({error}): mend that and go on with "
+                f"`dlzo train --resume {self.out}`"
+            ) from error
+        finally:
+            self._restore_best()
+
+    def _open_journal(self, stack: ExitStack) -> Iterable[Record]:
+        """Opens the journal of the run, a new one if there is none; its records so far."""
+        path = self.out / JOURNAL_FILE
+        if not path.exists():
+            create(path, self.header)
+        reader = Reader(path)
+        # Another release of dlzo may go on with the run: its noise is checked by its version.
+        expected = vars(replace(self.header, library_version=reader.header.library_version))
+        if differing := differences(reader.header, expected):
+            raise UserError(
+                f"journal {str(path)!r} is of another model or other data than there are now: "
+                f"{differing}; restore them or start the run again"
+            )
+        deque(reader, maxlen=0)
+        if reader.damage is not None:
+            _log.warning("%s; the run goes on from there", reader.damage)
+        self.journal = stack.enter_context(
+            Writer(reader, self.config.sync_steps, self.config.sync_seconds)
+        )
+        return reader if distributed.size() == 1 else list(reader)
+
+    def _catch_up(self, records: Iterable[Record]) -> None:
+        """Brings state and weights to where the journal ends; of a new run, to its beginning."""
+        for record in records:
+            self._note(record)
+        steps = (record for record in records if isinstance(record, Step))
+        if self.best is not None:
+            apply_steps(self.layer, islice(steps, self.best["step"]))
+            self._keep_as_best()
+        apply_steps(self.layer, steps)
+
+    def _note(self, record: Record) -> None:
+        """Takes a record into account."""
+        if isinstance(record, Step):
+            self.entry = _entry(record)
+            self.skipped += not record.applied
+            self.skipped_in_a_row = 0 if record.applied else self.skipped_in_a_row + 1
+            return
+        found = cast(Evaluation, dict(record.values))
+        if record.name == "untuned":
+            self.untuned = found
+        elif record.name == "test":
+            self.test = found
+        elif record.name == "validation":
+            self.entry.update(_validation(record))
+            self.final = {"step": record.step, **found}
+            # As in MeZO, the lowest validation loss is kept: it is finer than the accuracy.
+            if self.best is None or _loss(self.final) < _loss(self.best):
+                self.best = self.final
+
+    def _record(self, record: Record) -> None:
+        if distributed.rank() == 0:
+            self.journal.append(record)
+        self._note(record)
+
+    def _do_steps(self, on_progress: OnProgress) -> None:
+        while True:
+            if self._validation_is_due():
+                self._validate()
+            on_progress(self.entry)
+            if self.entry["step"] == self.config.steps:
+                return
+            if self.skipped_in_a_row == DIVERGED:
+                raise UserError(
+                    f"the losses of the last {DIVERGED} steps were not finite or had exploded: the "
+                    f"best weights, of step {self.best['step']}, are in {str(self.out)!r}; start "
+                    "another run with a smaller lr or eps"
+                )
+            self._step(self.entry["step"] + 1)
+
+    def _step(self, step: int) -> None:
+        config = self.config
+        indices = batch_indices(config.seed, step, len(self.train_set), config.batch_size)
+        batch = [self.train_set[i] for i in indices]
+        started = time.perf_counter()
+        seed = step_seed(config.seed, step)
+        zo = zo_step(self.layer, seed, config.eps, config.lr, directions=config.directions)
+        losses = self._losses(zo, batch)
+        # In a journal the untuned model's loss is finite.
+        max_loss = EXPLODED * max(1.0, _loss(self.untuned))
+        result = zo.update(losses[::2], losses[1::2], max_loss=max_loss)
+        self._record(
+            Step(step, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
+        )
+        self.step_ms.append(1e3 * (time.perf_counter() - started))
+
+    def _losses(self, zo: ZOStep, batch: Sequence[EncodedExample]) -> list[float]:
+        """Plus and minus of each direction in turn, over the batch.
+
+        The ranks take directions where these can be shared out evenly, and else examples.
+        """
+        count = self.config.directions
+        mine, share = range(count), batch
+        if count % distributed.size() == 0:
+            mine = distributed.share_of(mine)
+        else:
+            share = distributed.share_of(batch)
+        sums, weights = [0.0] * (2 * count), [0.0] * (2 * count)
+        if share:
+            plan = self.scorer.plan(share)
+            # One direction at a time, so that its bits do not depend on who else is scored.
+            for k in mine:
+                pair, points = slice(2 * k, 2 * k + 2), [partial(zo.plus, k), partial(zo.minus, k)]
+                sums[pair], weight = self.scorer.loss_sums(plan, points)
+                weights[pair] = [weight, weight]
+        return distributed.quotients(sums, weights)
+
+    def _evaluate_test(self) -> Evaluation:
+        # Without the cache, as in `evaluate`: the same bits.
+        scorer = Scorer(self.model, self.scorer.tokenizer, loss=self.task.loss)
+        return judge(scorer, self.task, self.examples["test"])
+
+    def _cache_prefixes(self) -> None:
+        """Computes once what the layers below the tuned one make of what will be scored."""
+        config, size = self.config, len(self.train_set)
+        epoch = range(1, min(config.steps, size // config.batch_size) + 1)
+        drawn = {i for n in epoch for i in batch_indices(config.seed, n, size, config.batch_size)}
+        train_set = [self.train_set[i] for i in sorted(drawn)]
+        self.scorer.cache_prefixes([*train_set, *self.validation_set])
+
+    def _validation_is_due(self) -> bool:
+        step = self.entry["step"]
+        done = self.final is not None and self.final["step"] == step
+        return not done and (step % self.config.eval_every == 0 or step == self.config.steps)
+
+    def _validate(self) -> None:
+        step = self.entry["step"]
+        distributed.check_equal(
+            lambda: layer_fingerprint(self.layer), f"the layer after step {step}"
+        )
+        found = score(self.scorer, self.task, self.validation_set)
+        self._record(Event(step, "validation", found))
+        if self.best["step"] == step:
+            self._keep_as_best()
+
+    def _keep_as_best(self) -> None:
+        """Keeps the weights as they are now, in memory and as the adapter in the folder."""
+        self.best_weights = self._weights()
+        if distributed.rank() != 0:
+            return
+        config = self.config
+        save_adapter(
+            self.out,
+            self.model,
+            config.layer,
+            base_fingerprint=self.header.base_fingerprint,
+            info={
+                "task": config.task,
+                "method": config.method,
+                "step": self.best["step"],
+                "seed": config.seed,
+                "eps": config.eps,
+                "lr": config.lr,
+                "batch_size": config.batch_size,
+            },
+        )
+
+    def _restore_best(self) -> None:
+        with torch.no_grad():
+            for parameter, weights in zip(self.layer.parameters(), self.best_weights, strict=True):
+                parameter.copy_(weights)
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.layer.parameters()]
+
+    def _digest(self) -> str:
+        """SHA-256 of the run's header, but for the path of the model."""
+        return hashlib.sha256(encode_header(replace(self.header, base_model=""))).hexdigest()
+
+    def _finish(self, started: float) -> Metrics:
+        """Writes the metrics."""
+        config = self.config
+        metrics = Metrics(
+            model=self.model.name_or_path,
+            task=config.task,
+            method=config.method,
+            layer=config.layer,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            directions=config.directions,
+            eps=config.eps,
+            lr=config.lr,
+            seed=config.seed,
+            dtype=dtype_name(self.model),
+            zero_shot=self.untuned,
+            best=self.best,
+            final=self.final,
+            test=self.test,
+            skipped=self.skipped,
+            step_ms_median=median(self.step_ms) if self.step_ms else None,
+            seconds=time.perf_counter() - started,
+            peak_rss_mb=_peak_rss_mb(),
+            history=list(_history(Reader(self.out / JOURNAL_FILE))),
+        )
+        finish(self.out, _metrics_text(metrics))
+        return metrics
+
+
+def _finished(out: Path) -> Metrics | None:
+    """The metrics of a run that is finished."""
+    if not (out / METRICS_FILE).exists():
+        return None
+    text = (out / METRICS_FILE).read_text()
+    finish(out, text)
+    return json.loads(text)
+
+
+def _entry(step: Step) -> HistoryEntry:
+    return {"step": step.step, "train_loss": _finite_or_none(step.loss)}
+
+
+def _validation(event: Event) -> HistoryEntry:
+    return cast(HistoryEntry, {f"validation_{name}": v for name, v in event.values.items()})
+
+
+def _history(records: Iterable[Record]) -> Iterator[HistoryEntry]:
+    entry: HistoryEntry = {"step": 0}
+    for record in records:
+        if isinstance(record, Step):
+            yield entry
+            entry = _entry(record)
+        elif record.name == "validation":
+            entry.update(_validation(record))
+    yield entry
+
+
+def _header(base: Mapping[str, Any], config: TrainConfig, data_fingerprint: str) -> Header:
+    settings = asdict(config)
+    del settings["layer"]
+    return Header(
+        **base,
+        data_fingerprint=data_fingerprint,
+        directions=settings.pop("directions"),
+        lr=float(settings.pop("lr")),
+        seed=settings.pop("seed"),
+        settings=settings,
+    )
+
+
+def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, list[Example]]:
     task = get_task(config.task)
-    examples = {
-        split: load_split(task, data_dir, split) for split in ("train", "validation", "test")
-    }
+    examples = {split: load_split(task, data_dir, split) for split in get_args(Split)}
     if config.batch_size > len(examples["train"]):
         raise UserError(
             f"batch_size is {config.batch_size} and {str(data_dir)!r} has {len(examples['train'])} "
             "examples to train on: give a smaller batch"
         )
-    layer_index = _find_layer(model, tokenizer, config.layer)
-    cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
-    layer = decoder_layers(model)[layer_index]
-    scorer = Scorer(model, tokenizer, layer, loss=task.loss, cache=cache)
-    if task.loss == "gold":
-        examples["train"] = [example.gold_only() for example in examples["train"]]
-    encoded = {split: scorer.encode(rows) for split, rows in examples.items()}
-    # Without the cache, as in `evaluate`: the same bits.
-    test_scorer = Scorer(model, tokenizer, loss=task.loss)
-    zero_shot = _evaluate(test_scorer, encoded["test"])
-    if zero_shot["loss"] is None:
-        raise UserError(
-            f"the loss of model {model.name_or_path!r} in {dtype_name(model)} is not finite: load "
-            "it in another dtype"
-        )
-    drawn = _drawn(config, len(encoded["train"]))
-    scorer.cache_prefixes([encoded["train"][i] for i in drawn] + encoded["validation"])
-    test = None
-    with _stage(out) as stage:
-        run = _Run(model, scorer, layer_index, config, encoded, stage)
-        on_progress(run.history[0])
-        try:
-            for step in range(1, config.steps + 1):
-                run.step(step)
-                on_progress(run.history[-1])
-            run.restore_best()
-            test = _evaluate(test_scorer, encoded["test"])
-        except KeyboardInterrupt:
-            if run.best["step"] == 0 and out.exists():
-                raise
-            run.restore_best()
-            # Ctrl-C may have come between the two files of an adapter.
-            run.save_best()
-        metrics = run.metrics(zero_shot, test, time.perf_counter() - started)
-        _write_metrics(stage / METRICS_FILE, metrics)
-        _swap(stage, out)
-    return metrics
+    return examples
 
 
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: str,
-    data_dir: str | Path,
-    split: Split = "test",
-) -> Evaluation:
-    """Scores a model as it is on one split of a task's data: of "test", the same bits as in a run.
-
-    Raises:
-        UserError: the task is not known or the data cannot be read.
-    """
-    task_ = get_task(task)
-    examples = load_split(task_, data_dir, split)
-    scorer = Scorer(model, tokenizer, loss=task_.loss)
-    return _evaluate(scorer, scorer.encode(examples))
+def _fingerprint(examples: Mapping[Split, Sequence[Example]]) -> str:
+    """SHA-256 of all splits."""
+    digest = hashlib.sha256()
+    for split, rows in examples.items():
+        digest.update(f"{split} {len(rows)}\n".encode())
+        for row in rows:
+            digest.update(json.dumps(asdict(row), sort_keys=True).encode())
+    return digest.hexdigest()
 
 
-class _Run:
-    """The state of a run: the tuned layer, its best weights so far and what was measured."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        scorer: Scorer,
-        layer_index: int,
-        config: TrainConfig,
-        encoded: dict[Split, list[EncodedExample]],
-        stage: Path,
-    ) -> None:
-        self.model = model
-        self.scorer = scorer
-        self.layer_index = layer_index
-        self.layer: nn.Module = decoder_layers(model)[layer_index]
-        self.config = config
-        self.encoded = encoded
-        self.stage = stage
-        self.base_fingerprint = layer_fingerprint(self.layer)
-        self.history: list[HistoryEntry] = [{"step": 0}]
-        self.step_ms: list[float] = []
-        self.skipped = 0
-        self.final = self._validate()
-        self._keep_as_best(self.final)
-
-    def step(self, step: int) -> None:
-        """Does a step, and validates when it is due."""
-        config = self.config
-        train_set = self.encoded["train"]
-        indices = batch_indices(config.seed, step, len(train_set), config.batch_size)
-        batch = [train_set[i] for i in indices]
-        started = time.perf_counter()
-        zo = zo_step(self.layer, step_seed(config.seed, step), config.eps, config.lr)
-        losses = self.scorer.losses(self.scorer.plan(batch), [zo.plus, zo.minus])
-        result = zo.update(*losses)
-        self.step_ms.append(1e3 * (time.perf_counter() - started))
-        self.skipped += not result.applied
-        self.history.append({"step": step, "train_loss": _finite_or_none(sum(losses) / 2)})
-        if step % config.eval_every == 0 or step == config.steps:
-            self.final = self._validate()
-            # As in MeZO, the lowest validation loss is kept: it is finer than the accuracy.
-            if _loss(self.final) < _loss(self.best):
-                self._keep_as_best(self.final)
-
-    def restore_best(self) -> None:
-        with torch.no_grad():
-            for parameter, weights in zip(self.layer.parameters(), self.best_weights, strict=True):
-                parameter.copy_(weights)
-
-    def metrics(self, zero_shot: Evaluation, test: Evaluation | None, seconds: float) -> Metrics:
-        config = self.config
-        return Metrics(
-            model=self.model.name_or_path,
-            task=config.task,
-            method=config.method,
-            layer=self.layer_index,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            eps=config.eps,
-            lr=config.lr,
-            seed=config.seed,
-            dtype=dtype_name(self.model),
-            zero_shot=zero_shot,
-            best=self.best,
-            final=self.final,
-            test=test,
-            interrupted=test is None,
-            skipped=self.skipped,
-            step_ms_median=median(self.step_ms) if self.step_ms else None,
-            seconds=seconds,
-            peak_rss_mb=_peak_rss_mb(),
-            history=self.history,
-        )
-
-    def _validate(self) -> StepEvaluation:
-        found = _evaluate(self.scorer, self.encoded["validation"])
-        entry = self.history[-1]
-        entry["validation_loss"] = found["loss"]
-        entry["validation_accuracy"] = found["accuracy"]
-        return {"step": entry["step"], **found}
-
-    def _keep_as_best(self, found: StepEvaluation) -> None:
-        self.best_weights = [parameter.detach().clone() for parameter in self.layer.parameters()]
-        self.best = found
-        self.save_best()
-
-    def save_best(self) -> None:
-        """Writes the adapter; the layer holds the best weights."""
-        save_adapter(
-            self.stage,
-            self.model,
-            self.layer_index,
-            base_fingerprint=self.base_fingerprint,
-            info={
-                "task": self.config.task,
-                "method": self.config.method,
-                "step": self.best["step"],
-                "seed": self.config.seed,
-                "eps": self.config.eps,
-                "lr": self.config.lr,
-                "batch_size": self.config.batch_size,
-            },
-        )
+def _config(values: Mapping[str, Any], out: Path) -> TrainConfig:
+    """The configuration in a settings file from anywhere."""
+    types = get_type_hints(TrainConfig)
+    for name, value in values.items():
+        # An int is a float in JSON.
+        kind = types.get(name, ())
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"the settings in {str(out)!r} have no valid {name[:60]!r}")
+    try:
+        return TrainConfig(**values)
+    except TypeError as error:
+        raise UserError(f"the settings in {str(out)!r} are not complete: {error}") from error
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The 63-bit seed of a step's perturbation: a pure function of the run's seed and the step."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def batch_indices(seed: int, step: int, size: int, batch_size: int) -> Sequence[int]:
-    """The examples of a step (from 1): epochs in random order, each without its short remainder.
-
-    A pure function of its arguments, so that a run can be taken up at any step. Sorting raw words
-    rests on numpy's promise of stable bit streams, which does not cover its shuffles.
-    """
-    epoch, position = divmod(step - 1, size // batch_size)
-    words = np.random.SeedSequence((seed, epoch), spawn_key=(1,)).generate_state(size, np.uint64)
-    order = np.argsort(words, kind="stable")
-    return order[position * batch_size : (position + 1) * batch_size].tolist()
-
-
-def _drawn(config: TrainConfig, size: int) -> list[int]:
-    """The examples that the run draws in its first epoch, or in all its steps if they are fewer."""
-    steps = range(1, min(config.steps, size // config.batch_size) + 1)
-    drawn = {i for n in steps for i in batch_indices(config.seed, n, size, config.batch_size)}
-    return sorted(drawn)
+def _absolute(name: str) -> str:
+    """A model's name; a path holds from any folder."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _find_layer(
@@ -378,11 +625,6 @@ def _find_layer(
     return layer
 
 
-def _evaluate(scorer: Scorer, examples: Sequence[EncodedExample]) -> Evaluation:
-    accuracy, loss = scorer.evaluate(scorer.plan(examples))
-    return {"accuracy": accuracy, "loss": _finite_or_none(loss)}
-
-
 def _finite_or_none(value: float) -> float | None:
     # JSON has no NaN and no infinity.
     return value if math.isfinite(value) else None
@@ -392,45 +634,11 @@ def _loss(found: Evaluation) -> float:
     return math.inf if found["loss"] is None else found["loss"]
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not overwrite:
-        raise UserError(f"output {str(out)!r} exists: choose another folder or pass --overwrite")
-    if not (out / CONFIG_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"output {str(out)!r} is not a result of dlzo: choose another folder")
-
-
-@contextmanager
-def _stage(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is removed in the end, unless it has taken the place of `out`."""
-    stage = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        stage.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _swap(stage: Path, out: Path) -> None:
-    """Puts the folder `stage` in the place of `out`."""
-    if not out.exists():
-        os.rename(stage, out)
-        return
-    replaced = out.with_name(f"{out.name}.replaced-{os.getpid()}")
-    os.rename(out, replaced)
-    os.rename(stage, out)
-    shutil.rmtree(replaced)
-
-
-def _write_metrics(path: Path, metrics: Metrics) -> None:
+def _metrics_text(metrics: Metrics) -> str:
     """Indented JSON, but the history with one line a step."""
     head = json.dumps({**metrics, "history": []}, indent=2, allow_nan=False)
     rows = ",\n    ".join(json.dumps(entry, allow_nan=False) for entry in metrics["history"])
-    path.write_text(head.replace('"history": []', f'"history": [\n    {rows}\n  ]') + "\n")
+    return head.replace('"history": []', f'"history": [\n    {rows}\n  ]') + "\n"
 
 
 def _peak_rss_mb() -> float:

@@ -199,15 +199,15 @@ class Scorer:
         """
         return self._loss_sums(self._scores(plan, states, self._needs_normaliser(plan)), plan)
 
-    def evaluate(self, plan: Plan) -> tuple[float, float]:
-        """(accuracy, loss): share of right argmaxes, and the loss.
+    def evaluate(self, plan: Plan) -> tuple[int, float, int]:
+        """(hits, sum, weight): how often the gold option scores best, and `loss_sums`.
 
         Of equal scores the first option counts.
         """
         scores = self._scores(plan, (), self._needs_normaliser(plan))
         hits = scores[0].argmax(dim=-1) == _gold(plan.batch)
         (total,), weight = self._loss_sums(scores, plan)
-        return hits.double().mean().item(), total / weight
+        return int(hits.sum()), total, weight
 
     @torch.inference_mode()
     def cache_prefixes(self, examples: Sequence[EncodedExample]) -> None:

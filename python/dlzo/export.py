@@ -1,0 +1,124 @@
+"""What a run has made, in a form to hand on: the tuned layer, the whole model, or the journal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dlzo.adapter import WEIGHTS_FILE, load_adapter, read_config
+from dlzo.errors import UserError
+from dlzo.files import new_folder, parse_json_object
+from dlzo.models import load_model, parse_dtype
+from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
+
+Form = Literal["adapter", "model", "journal"]
+CARD_FILE = "README.md"
+
+_CARD = """---
+library_name: dlzo
+base_model: {base_model}
+tags: [dlzo, zeroth-order]
+---
+
+# {base_model}, layer {layer} tuned on {task}
+
+{what}
+
+Decoder layer {layer} of {base_model} ({dtype}) was tuned on {task} by forward passes only: method
+{method}, lr {lr:g}, eps {eps:g}, batch size {batch_size}, seed {seed}. The weights are those after
+step {step}, which had the lowest validation loss.
+
+{figures}
+
+## Use
+
+{use}
+"""
+_WHAT = {
+    "adapter": "The tuned layer alone, as safetensors.",
+    "model": "The whole model with the tuned layer in it.",
+    "journal": "The steps of the run, from which the tuned layer is rebuilt bit for bit.",
+}
+_USE = {
+    "adapter": """```python
+model, tokenizer = dlzo.load_model("{base_model}", dtype=torch.{dtype})
+dlzo.load_adapter(model, "FOLDER OR HUB ID")
+```""",
+    "model": """```python
+model = AutoModelForCausalLM.from_pretrained("FOLDER OR HUB ID", dtype=torch.{dtype})
+```""",
+    "journal": """```bash
+dlzo replay {base_model} journal.zo --until {step} --out adapter
+```""",
+}
+
+
+def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
+    """Writes the best layer of a run, finished or not, with a model card, to a new folder.
+
+    Args:
+        run: folder of the run.
+        out: folder to make.
+        form: "adapter": the tuned layer, for `load_adapter`. "model": the whole model, by
+            `save_pretrained`. "journal": the journal alone.
+
+    Raises:
+        UserError: the form is not known, the run has no adapter, or `out` exists or cannot be
+            written.
+    """
+    run, out = Path(run), Path(out)
+    if form not in get_args(Form):
+        raise UserError(f"form {form!r} is not known: choose one of {', '.join(get_args(Form))}")
+    config = read_config(run)
+    card = _card(config, form, run)
+    try:
+        with new_folder(out) as stage:
+            (stage / CARD_FILE).write_text(card, encoding="utf-8")
+            if form == "adapter":
+                shutil.copyfile(run / WEIGHTS_FILE, stage / WEIGHTS_FILE)
+            elif form == "journal":
+                shutil.copyfile(run / JOURNAL_FILE, stage / JOURNAL_FILE)
+            else:
+                _save_merged(run, stage)
+    except OSError as error:
+        raise UserError(f"{str(out)!r} cannot be written: {error}") from error
+
+
+def _save_merged(run: Path, folder: Path) -> None:
+    settings = read_settings(run)
+    model, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
+    load_adapter(model, run)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
+    base = Path(config["base_model"])
+    # The folder that a model lay in says nothing elsewhere.
+    fields = {**config, "base_model": base.name if base.exists() else config["base_model"]}
+    try:
+        return _CARD.format(
+            **fields, what=_WHAT[form], use=_USE[form].format(**fields), figures=_figures(run)
+        )
+    except KeyError as error:
+        raise UserError(f"the adapter in {str(run)!r} does not say its {error}") from error
+
+
+def _figures(run: Path) -> str:
+    """A table of the run's evaluations."""
+    path = run / METRICS_FILE
+    if not path.exists():
+        return "The run was not finished."
+    metrics = parse_json_object(path.read_bytes())
+    names = list(metrics["test"])
+    rows = [["", "split", *names], ["---"] * (2 + len(names))]
+    for name, split, key in (
+        ("untuned", "test", "zero_shot"),
+        ("tuned", "test", "test"),
+        ("tuned", "validation", "best"),
+    ):
+        rows.append([name, split, *(json.dumps(metrics[key][figure]) for figure in names)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,147 @@
+"""Weights from a journal: the tuned layer, bit for bit, from the base model and recorded steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dlzo.adapter import WEIGHTS_FILE, dtype_name, layer_fingerprint, layer_parameters, save_adapter
+from dlzo.errors import UserError
+from dlzo.journal import Reader
+from dlzo.models import decoder_layers
+from dlzo.records import Header, Parameter, Step
+from dlzo_kernels import NOISE_VERSION, __version__, update_scales, zo_replay
+
+_CHUNK = 1024  # updates in one pass over the weights
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype")
+
+
+def replay(
+    model: PreTrainedModel, journal: str | Path, out: str | Path, *, until: int | None = None
+) -> Reader:
+    """Rebuilds the tuned layer in `model` and writes it as an adapter to the folder `out`.
+
+    Args:
+        model: the base model of the run.
+        journal: of the run, compact or not.
+        out: folder of the adapter.
+        until: the last step to take, from 0; the journal's last one if None.
+
+    Returns:
+        The journal's reader: its `damage` says what a damaged tail has lost.
+
+    Raises:
+        UserError: the journal is of another model, layer, dtype or noise version, or has not so
+            many steps, or `out` holds an adapter; model and files are as they were.
+    """
+    path, folder = Path(journal), Path(out)
+    reader = Reader(path)
+    if (folder / WEIGHTS_FILE).exists():
+        raise UserError(f"{str(folder)!r} holds an adapter: choose another folder")
+    check_fits(reader, model)
+    for _ in reader:
+        pass
+    until = reader.last if until is None else until
+    if not 0 <= until <= reader.last:
+        raise UserError(
+            f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
+        )
+    header = reader.header
+    apply_steps(decoder_layers(model)[header.layer], islice(Reader(path).steps(), until))
+    try:
+        save_adapter(
+            folder,
+            model,
+            header.layer,
+            base_fingerprint=header.base_fingerprint,
+            info={**header.settings, "lr": header.lr, "seed": header.seed, "step": until},
+        )
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be written: {error}") from error
+    return reader
+
+
+def apply_steps(layer: nn.Module, steps: Iterable[Step]) -> None:
+    """Moves a layer, and its float32 master, by recorded steps: one pass over it per 1,024."""
+    updates = _updates(steps)
+    while chunk := list(islice(updates, _CHUNK)):
+        seeds, scales, queries = zip(*chunk, strict=True)
+        zo_replay(layer, seeds, scales, queries)
+
+
+def _updates(steps: Iterable[Step]) -> Iterator[tuple[int, float, int]]:
+    """(seed, scale, query) of each direction that moved the weights."""
+    for step in steps:
+        scales = update_scales(step.lr, step.gradients)
+        if step.applied and any(scales):
+            for query, scale in enumerate(scales):
+                yield step.seed, scale, query
+
+
+def base_fields(model: PreTrainedModel, layer_index: int) -> dict[str, Any]:
+    """The fields of a journal's header that tell of the untuned model."""
+    layer = decoder_layers(model)[layer_index]
+    streams = {id(parameter): i for i, parameter in enumerate(layer.parameters())}
+    return {
+        "noise_version": NOISE_VERSION,
+        "dtype": dtype_name(model),
+        "layer": layer_index,
+        "parameters": tuple(
+            Parameter(name, str(p.dtype).removeprefix("torch."), tuple(p.shape), streams[id(p)])
+            for name, p in layer_parameters(model, layer_index).items()
+            if p.requires_grad
+        ),
+        "config_fingerprint": _config_fingerprint(model),
+        "base_fingerprint": layer_fingerprint(layer),
+        "base_model": model.name_or_path,
+        "library_version": __version__,
+    }
+
+
+def check_fits(reader: Reader, model: PreTrainedModel) -> None:
+    """Refuses a journal of another model, by what differs.
+
+    Raises:
+        UserError: it does not fit `model` as it is now.
+    """
+    header, count = reader.header, len(decoder_layers(model))
+    if header.layer >= count:
+        raise UserError(
+            f"journal {str(reader.path)!r} tunes layer {header.layer} and the model has {count} "
+            f"layers: load its base model, {header.base_model!r}"
+        )
+    found = base_fields(model, header.layer)
+    # Neither the name of the model nor the release of dlzo moves a bit.
+    binding = {name: found[name] for name in found if name not in ("base_model", "library_version")}
+    if differing := differences(header, binding):
+        raise UserError(
+            f"journal {str(reader.path)!r} does not fit the model: {differing}; "
+            f"load its base model, {header.base_model!r}, untuned and in {header.dtype}"
+        )
+
+
+def differences(header: Header, expected: Mapping[str, Any]) -> str:
+    """The fields of a header that are not as expected, in words; empty if all are."""
+    return ", ".join(
+        f"its {name.replace('_', ' ')} is {_short(own)}, not {_short(value)}"
+        for name, value in expected.items()
+        if (own := getattr(header, name)) != value
+    )
+
+
+def _config_fingerprint(model: PreTrainedModel) -> str:
+    settings = model.config.to_diff_dict()
+    kept = {name: value for name, value in settings.items() if name not in _VOLATILE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."

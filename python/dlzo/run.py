@@ -1,0 +1,143 @@
+"""The folder of a run: its settings, its files, and the lock that keeps a second process out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dlzo.adapter import WEIGHTS_FILE
+from dlzo.errors import UserError
+from dlzo.files import parse_json_object, remove_partial_files, replace_file
+
+SETTINGS_FILE = "run.json"
+JOURNAL_FILE = "journal.zo"
+METRICS_FILE = "metrics.json"
+LOCK_FILE = ".lock"
+VERSION = 1
+MAX_SETTINGS = 1 << 20  # bytes
+
+
+@contextmanager
+def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """Makes the folder of a run and holds its lock.
+
+    A result that is to be overwritten is moved aside, to OUT.replaced, until `finish`.
+
+    Raises:
+        UserError: `out` is in use, holds something else, or cannot be written.
+    """
+    check_free(out, overwrite)
+    try:
+        if _is_result(out):
+            with _locked(out):
+                _move_aside(out)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
+    with _locked(out):
+        check_free(out, overwrite=False)
+        text = json.dumps({"version": VERSION, **settings}, indent=2) + "\n"
+        try:
+            replace_file(out / SETTINGS_FILE, lambda partial: partial.write_text(text))
+        except OSError as error:
+            raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
+        yield
+
+
+@contextmanager
+def existing_run(out: Path) -> Iterator[dict[str, Any]]:
+    """The settings of the run in a folder, whose lock is held.
+
+    Raises:
+        UserError: it is in use, or holds no run.
+    """
+    if not (out / SETTINGS_FILE).is_file():
+        raise UserError(f"{str(out)!r} holds no run to go on with: it has no {SETTINGS_FILE}")
+    with _locked(out):
+        remove_partial_files(out)
+        yield read_settings(out)
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """What the run in a folder was started with: `model`, `dtype`, `data` and `config`.
+
+    Raises:
+        UserError: the folder holds no run, or its settings are not valid.
+    """
+    path = out / SETTINGS_FILE
+    try:
+        with path.open("rb") as file:
+            settings = parse_json_object(file.read(MAX_SETTINGS))
+    except OSError as error:
+        raise UserError(f"{str(out)!r} holds no run: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}): start the run again") from error
+    if settings.get("version") != VERSION:
+        raise UserError(
+            f"{str(path)!r} has version {str(settings.get('version'))[:60]} and this dlzo reads "
+            f"version {VERSION}: use the dlzo that wrote it"
+        )
+    for name, kind in {"model": str, "dtype": str, "data": str, "config": dict}.items():
+        if type(settings.get(name)) is not kind:
+            raise UserError(f"{str(path)!r} has no valid {name!r}: start the run again")
+    return settings
+
+
+def finish(out: Path, metrics: str) -> None:
+    """Writes the metrics, which make a run a finished one, and lets go of what it replaces."""
+    replace_file(out / METRICS_FILE, lambda partial: partial.write_text(metrics))
+    shutil.rmtree(_replaced(out), ignore_errors=True)
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises UserError unless a run may be started in `out`."""
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {LOCK_FILE}):
+        return
+    if not overwrite:
+        go_on = " --resume it," if (out / SETTINGS_FILE).is_file() else ""
+        raise UserError(
+            f"output {str(out)!r} exists:{go_on} choose another folder or pass --overwrite"
+        )
+    if not _is_result(out):
+        raise UserError(f"output {str(out)!r} is not a result of dlzo: choose another folder")
+
+
+def _is_result(out: Path) -> bool:
+    return (out / SETTINGS_FILE).is_file() or (out / WEIGHTS_FILE).is_file()
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f"{out.name}.replaced")
+
+
+def _move_aside(out: Path) -> None:
+    """Keeps the last finished result, or else the last unfinished run, as OUT.replaced."""
+    replaced = _replaced(out)
+    if replaced.exists() and (out / METRICS_FILE).exists():
+        shutil.rmtree(replaced)
+    if replaced.exists():
+        shutil.rmtree(out)
+    else:
+        os.rename(out, replaced)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    lock = FileLock(out / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"output {str(out)!r} is in use by another run: wait for it or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

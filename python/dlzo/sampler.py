@@ -1,0 +1,24 @@
+"""The random choices of a run, each a pure function of its seed, so that it can be taken up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The 63-bit seed of a step's perturbation: a pure function of the run's seed and the step."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def batch_indices(seed: int, step: int, size: int, batch_size: int) -> Sequence[int]:
+    """The examples of a step (from 1): epochs in random order, each without its short remainder.
+
+    A pure function of its arguments, so that a run can be taken up at any step. Sorting raw words
+    rests on numpy's promise of stable bit streams, which does not cover its shuffles.
+    """
+    epoch, position = divmod(step - 1, size // batch_size)
+    words = np.random.SeedSequence((seed, epoch), spawn_key=(1,)).generate_state(size, np.uint64)
+    order = np.argsort(words, kind="stable")
+    return order[position * batch_size : (position + 1) * batch_size].tolist()

@@ -1,0 +1,46 @@
+"""Writes the whole files that the fuzzers garble: python tests/corpus/make.py (see tests/fuzz.py).
+
+The broken ones beside them were found by benchmarks/reliability.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from dlzo.journal import Reader, Writer, compact, create  # noqa: E402
+from dlzo.trainer import TrainConfig  # noqa: E402
+from test_journal import HEADER, RECORDS  # noqa: E402
+
+
+def main() -> None:
+    whole, small = HERE / "whole", HERE / "whole-compact"
+    for folder in (whole, small):
+        folder.mkdir(exist_ok=True)
+        (folder / "journal.zo").unlink(missing_ok=True)
+    create(whole / "journal.zo", HEADER)
+    with Writer(Reader(whole / "journal.zo"), 10, 10.0) as journal:
+        for record in RECORDS:
+            journal.append(record)
+    compact(whole / "journal.zo", small / "journal.zo")
+    settings = {"version": 1, "model": "tiny", "dtype": "bfloat16", "data": "data"}
+    config = asdict(TrainConfig("sst2", layer=1))
+    (whole / "run.json").write_text(json.dumps(settings | {"config": config}, indent=2) + "\n")
+    adapter = {"version": 2, "base_model": "tiny", "base_fingerprint": "", "dtype": "bfloat16"}
+    save_file(
+        {"w": torch.ones(2)},
+        whole / "adapter_model.safetensors",
+        {"dlzo-layer": json.dumps(adapter | {"layer": 1})},
+    )
+
+
+if __name__ == "__main__":
+    main()

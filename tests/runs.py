@@ -1,0 +1,76 @@
+"""A tiny task and runs on it, for tests of what runs leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from dlzo.trainer import TrainConfig
+from tiny import byte_tokenizer
+
+TOKENIZER = byte_tokenizer(" terrible", " great")
+CONFIG = TrainConfig("sst2", layer=1, steps=60, batch_size=8, eps=1e-2, lr=3e-3, eval_every=20)
+
+
+def write_data(folder: Path) -> Path:
+    """Sentences of a and b; the more frequent letter gives the label."""
+    folder.mkdir()
+    draw = random.Random(0)
+    for split, size in (("train", 40), ("validation", 20), ("test", 20)):
+        rows = []
+        for i in range(size):
+            often, seldom = ("ab", "ba")[i % 2]
+            sentence = "".join(draw.choices((often, seldom), (9, 1), k=draw.randint(4, 10)))
+            rows.append(json.dumps({"sentence": sentence, "label": i % 2}))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def result(out: Path) -> dict[str, object]:
+    """All that a finished run leaves, but for the times and memory that it took."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    for measured in ("step_ms_median", "seconds", "peak_rss_mb"):
+        del metrics[measured]
+    files = {
+        name: (out / name).read_bytes() for name in ("adapter_model.safetensors", "journal.zo")
+    }
+    return {**files, "metrics": metrics, "names": sorted(path.name for path in out.iterdir())}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in dlzo catches it."""
+
+
+class FaultyOs:
+    """The module os, but the n-th call that touches the disk fails; a write leaves half of it."""
+
+    def __init__(self, number: int, error: BaseException) -> None:
+        self.left, self.error = number, error
+
+    def __getattr__(self, name):
+        call = getattr(os, name)
+        if name not in ("write", "fsync", "replace", "ftruncate"):
+            return call
+
+        def counted(*args):
+            self.left -= 1
+            if self.left < 0:
+                if name == "write" and self.left == -1:
+                    os.write(args[0], bytes(args[1])[: len(args[1]) // 2])
+                raise self.error
+            return call(*args)
+
+        return counted

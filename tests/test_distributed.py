@@ -1,0 +1,156 @@
+"""Runs on several ranks, against one process on the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlzo.journal import Reader
+from dlzo.models import decoder_layers
+from dlzo.records import Event
+from dlzo.replay import apply_steps
+from dlzo.trainer import resume, train
+from ranks import SHORT
+from runs import TOKENIZER, write_data
+from tiny import byte_tokenizer, tiny_model
+
+RANKS = Path(__file__).with_name("ranks.py")
+
+
+def start(scenario: str, folder: Path, size: int) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, RANKS, scenario, folder],
+            env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def runs(request, tmp_path_factory):
+    """(number of ranks, folder of their runs)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_data(folder / "data")
+    for code, error in start("whole_runs", folder, request.param):
+        assert code == 0, error
+    return request.param, folder
+
+
+def weights(folder: Path, rank: int = 0) -> list[torch.Tensor]:
+    return torch.load(folder / f"weights-{rank}.pt", weights_only=True)
+
+
+def evaluations(folder: Path) -> list[Event]:
+    return [record for record in Reader(folder / "journal.zo") if isinstance(record, Event)]
+
+
+def assert_close(folder: Path, other: Path) -> None:
+    """Two runs that differ in the order of the loss sums, in float32, alone."""
+    for ours, theirs in zip(evaluations(folder), evaluations(other), strict=True):
+        assert (ours.step, ours.name) == (theirs.step, theirs.name)
+        assert ours.values == pytest.approx(theirs.values, rel=1e-4)
+    steps = [list(Reader(run / "journal.zo").steps()) for run in (folder, other)]
+    for ours, theirs in zip(*steps, strict=True):
+        assert ours[:3] == theirs[:3]
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["examples", "directions", "taken up"])
+def test_all_ranks_end_with_the_same_bits_and_rank_0s_journal_has_them(runs, name):
+    size, folder = runs
+    metrics = json.loads((folder / name / "metrics.json").read_text())
+    replayed = decoder_layers(tiny_model())[1]
+    steps = list(Reader(folder / name / "journal.zo").steps())
+    apply_steps(replayed, steps[: metrics["best"]["step"]])
+    for rank in range(size):
+        assert all(map(torch.equal, weights(folder / name, rank), replayed.parameters()))
+    assert not torch.equal(
+        weights(folder / name)[0], next(tiny_model().model.layers[1].parameters())
+    )
+
+
+def test_examples_shared_out_give_the_losses_of_one_process(runs, tmp_path):
+    _, folder = runs
+    train(tiny_model(), TOKENIZER, SHORT, folder / "data", tmp_path / "one")
+    assert_close(folder / "examples", tmp_path / "one")
+
+
+def test_directions_shared_out_give_the_bits_of_one_process(runs, tmp_path):
+    size, folder = runs
+    config = replace(SHORT, directions=2 * size)
+    train(tiny_model(), TOKENIZER, config, folder / "data", tmp_path / "one")
+    steps = [
+        list(Reader(run / "journal.zo").steps())
+        for run in (folder / "directions", tmp_path / "one")
+    ]
+    assert steps[0] == steps[1]
+    assert len(steps[0][0].gradients) == 2 * size
+
+
+def test_a_stopped_run_goes_on_with_the_same_or_another_number_of_ranks(runs, tmp_path):
+    _, folder = runs
+    assert (folder / "taken up" / "journal.zo").read_bytes() == (
+        folder / "examples" / "journal.zo"
+    ).read_bytes()
+    shutil.copytree(folder / "stopped", tmp_path / "alone")
+    resume(tiny_model(), TOKENIZER, tmp_path / "alone")
+    assert_close(folder / "examples", tmp_path / "alone")
+
+
+def test_what_differs_between_ranks_is_said_and_by_which(tmp_path):
+    write_data(tmp_path / "data")
+    write_data(tmp_path / "other")
+    with (tmp_path / "other" / "train.jsonl").open("a") as file:
+        file.write('{"sentence": "aab", "label": 0}\n')
+    for code, error in start("differing", tmp_path, 3):
+        assert code == 0, error
+    for rank in range(3):
+        errors = (tmp_path / f"errors-{rank}").read_text().splitlines()
+        assert "the layer after step 4 on rank 2 differs" in errors[0]
+        assert "data or the settings on rank 2 differs" in errors[1]
+        assert "exists: choose another folder" in errors[2]
+
+
+def test_when_a_rank_dies_the_others_stop_and_the_run_goes_on(tmp_path):
+    write_data(tmp_path / "data")
+    (first, said), (killed, _), (last, said_too) = start("dying", tmp_path, 3)
+    assert killed == -9
+    assert first == last == 1
+    for error in (said, said_too):
+        assert "UserError: another rank has died or cannot be reached" in error
+    resume(tiny_model(), TOKENIZER, tmp_path / "out")
+    train(tiny_model(), TOKENIZER, SHORT, tmp_path / "data", tmp_path / "one")
+    assert_close(tmp_path / "out", tmp_path / "one")
+
+
+def test_torchrun_starts_the_command(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer(" terrible", " great").save_pretrained(tmp_path / "model")
+    write_data(tmp_path / "data")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "dlzo", "train", tmp_path / "model"]
+    options = ["--task", "sst2", "--data", tmp_path / "data", "--out", tmp_path / "out"]
+    shape = ["--layer", "1", "--steps", "4", "--batch-size", "8", "--dtype", "float32"]
+    done = subprocess.run([*command, *options, *shape], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("untuned") == 1
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 4

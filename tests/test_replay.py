@@ -1,0 +1,156 @@
+"""The tuned layer from base model and journal, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bits import assert_same_bits
+from dlzo.adapter import load_adapter
+from dlzo.errors import UserError
+from dlzo.journal import Reader, Writer, compact, create
+from dlzo.models import decoder_layers
+from dlzo.records import Header, Step
+from dlzo.replay import apply_steps, base_fields, replay
+from dlzo.trainer import train
+from dlzo_kernels import zo_step
+from runs import CONFIG, TOKENIZER, same, state, write_data
+from tiny import tiny_model
+
+SHORT = replace(CONFIG, steps=7, eval_every=3)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def run(request, tmp_path):
+    """(journal, dtype, the weights after each step of a run)."""
+    model, states = tiny_model(dtype=request.param), []
+    data = write_data(tmp_path / "data")
+    train(
+        model,
+        TOKENIZER,
+        SHORT,
+        data,
+        tmp_path / "run",
+        on_progress=lambda entry: states.append(state(model)),
+    )
+    return tmp_path / "run" / "journal.zo", request.param, states
+
+
+@pytest.mark.parametrize("until", [None, 0, 1, 6])
+def test_replay_gives_the_bits_of_the_run(run, tmp_path, until):
+    journal, dtype, states = run
+    model, fresh = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
+    reader = replay(model, journal, tmp_path / "rebuilt", until=until)
+    assert reader.damage is None
+    last = SHORT.steps if until is None else until
+    assert same(state(model), states[last])
+    assert not same(states[6], states[7])
+    assert load_adapter(fresh, tmp_path / "rebuilt")["step"] == last
+    assert same(state(fresh), states[last])
+
+
+def test_a_compact_journal_gives_the_same_bits(run, tmp_path):
+    journal, dtype, states = run
+    compact(journal, tmp_path / "small.zo")
+    model = tiny_model(dtype=dtype)
+    replay(model, tmp_path / "small.zo", tmp_path / "rebuilt")
+    assert same(state(model), states[-1])
+
+
+def test_what_a_damaged_tail_leaves_is_replayed(run, tmp_path):
+    journal, dtype, states = run
+    journal.write_bytes(journal.read_bytes()[:-300])
+    model = tiny_model(dtype=dtype)
+    reader = replay(model, journal, tmp_path / "rebuilt")
+    assert 0 < reader.last < SHORT.steps and "cut off" in reader.damage
+    assert same(state(model), states[reader.last])
+
+
+def test_several_directions_and_skipped_steps(tmp_path):
+    """A journal of zo_step itself: three directions, one step that was not applied, one of zero."""
+    live, replayed = (decoder_layers(tiny_model(dtype=torch.bfloat16))[0] for _ in range(2))
+    base = tiny_model(dtype=torch.bfloat16)
+    header = Header(
+        **base_fields(base, 0),
+        data_fingerprint="",
+        directions=3,
+        lr=1e-2,
+        seed=0,
+        settings={},
+    )
+    create(tmp_path / "journal.zo", header)
+    losses = [(0.5, 0.7, 0.1, 0.4, 0.2, 0.3), (float("nan"), *[0.1] * 5), (0.5,) * 6]
+    losses += [(0.5, 0.5, 0.9, 0.4, 0.2, 0.2)] * 2
+    with Writer(Reader(tmp_path / "journal.zo"), 100, 10.0) as journal:
+        for number, points in enumerate(losses, start=1):
+            step = zo_step(live, number, 1e-2, 1e-2, directions=3)
+            found = step.update(points[::2], points[1::2])
+            journal.append(Step(number, number, 1e-2, found.projected_grads, points, found.applied))
+    steps = list(Reader(tmp_path / "journal.zo").steps())
+    assert [step.applied for step in steps] == [True, False, True, True, True]
+    apply_steps(replayed, steps)
+    for a, b, untuned in zip(
+        live.parameters(),
+        replayed.parameters(),
+        decoder_layers(base)[0].parameters(),
+        strict=True,
+    ):
+        assert_same_bits(a, b)
+        assert not torch.equal(a, untuned)
+
+
+def with_header(journal, path, **changes):
+    """The journal again, under another header."""
+    reader = Reader(journal)
+    create(path, replace(reader.header, **changes))
+    with Writer(Reader(path), 100, 10.0) as writer:
+        for record in reader:
+            writer.append(record)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"noise_version": 2}, "noise version is 2, not 1"),
+        ({"dtype": "float16"}, "dtype is float16"),
+        ({"layer": 2}, "base fingerprint"),
+        ({"layer": 4}, "tunes layer 4 and the model has 4 layers"),
+        ({"parameters": ()}, "parameters is"),
+        ({"config_fingerprint": "00"}, "config fingerprint is 00"),
+        ({"base_fingerprint": "00"}, "base fingerprint is 00"),
+    ],
+)
+def test_a_journal_of_something_else_is_refused_by_what_differs(run, tmp_path, changes, says):
+    journal, dtype, _ = run
+    other = with_header(journal, tmp_path / "other.zo", **changes)
+    model = tiny_model(dtype=dtype)
+    before = state(model)
+    with pytest.raises(UserError, match=says):
+        replay(model, other, tmp_path / "rebuilt")
+    assert same(state(model), before) and not (tmp_path / "rebuilt").exists()
+
+
+def test_the_name_of_the_model_and_the_release_do_not_bind(run, tmp_path):
+    journal, dtype, states = run
+    other = with_header(journal, tmp_path / "other.zo", base_model="moved", library_version="9.9.9")
+    model = tiny_model(dtype=dtype)
+    replay(model, other, tmp_path / "rebuilt")
+    assert same(state(model), states[-1])
+
+
+def test_a_tuned_model_another_family_and_a_step_too_many_are_refused(run, tmp_path):
+    journal, dtype, _ = run
+    model = tiny_model(dtype=dtype)
+    for until in (-1, 8):
+        with pytest.raises(UserError, match=f"step {until} is not in journal"):
+            replay(model, journal, tmp_path / "rebuilt", until=until)
+    with pytest.raises(UserError, match="parameters"):
+        replay(tiny_model("gpt2", dtype), journal, tmp_path / "rebuilt")
+    replay(model, journal, tmp_path / "rebuilt")
+    with pytest.raises(UserError, match=r"base fingerprint.*untuned"):
+        replay(model, journal, tmp_path / "again")
+    with pytest.raises(UserError, match="holds an adapter"):
+        replay(tiny_model(dtype=dtype), journal, tmp_path / "rebuilt")

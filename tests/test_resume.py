@@ -1,0 +1,299 @@
+"""Runs that are stopped, by whatever, end in the same bits as in one go."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlzo import files, trainer
+from dlzo.adapter import load_adapter
+from dlzo.errors import UserError
+from dlzo.evaluation import evaluate
+from dlzo.journal import Reader
+from dlzo.records import Step
+from dlzo.trainer import resume, train
+from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, write_data
+from tiny import tiny_model
+
+SHORT = replace(CONFIG, steps=6, eval_every=2, sync_steps=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("task") / "data")
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def expected(request, data, tmp_path_factory):
+    """(dtype, what a run in one go leaves, its weights)."""
+    out, model = tmp_path_factory.mktemp("whole") / "out", tiny(request.param)
+    train(model, TOKENIZER, SHORT, data, out)
+    return request.param, result(out), state(model)
+
+
+def tiny(dtype=torch.float32):
+    model = tiny_model(dtype=dtype)
+    model.name_or_path = "tiny"
+    return model
+
+
+def stopping_at(step, error=KeyboardInterrupt):
+    def on_progress(entry):
+        if entry["step"] == step:
+            raise error
+
+    return on_progress
+
+
+def stop_in_call(monkeypatch, name, number):
+    """Ctrl-C in the n-th call of a method of the scorer."""
+    method, calls = getattr(trainer.Scorer, name), iter(range(1000))
+
+    def interrupted(*args):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return method(*args)
+
+    monkeypatch.setattr(trainer.Scorer, name, interrupted)
+
+
+@pytest.mark.parametrize("stops", [[0], [1], [2], [5], [6], [1, 2, 3, 4, 5]], ids=str)
+def test_a_run_stopped_between_steps_ends_in_the_same_bits(expected, data, tmp_path, stops):
+    dtype, whole, weights = expected
+    out, first, *others = tmp_path / "out", *stops
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(dtype), TOKENIZER, SHORT, data, out, on_progress=stopping_at(first))
+    for stop in others:
+        with pytest.raises(KeyboardInterrupt):
+            resume(tiny(dtype), TOKENIZER, out, on_progress=stopping_at(stop))
+    model = tiny(dtype)
+    resume(model, TOKENIZER, out)
+    assert result(out) == whole
+    assert same(state(model), weights)
+
+
+@pytest.mark.parametrize(("method", "number"), [("loss_sums", 2), ("evaluate", 1), ("evaluate", 3)])
+def test_a_run_stopped_in_a_forward_ends_in_the_same_bits(
+    expected, data, tmp_path, monkeypatch, method, number
+):
+    dtype, whole, weights = expected
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_in_call(patch, method, number)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(dtype), TOKENIZER, SHORT, data, out)
+    model = tiny(dtype)
+    resume(model, TOKENIZER, out)
+    assert result(out) == whole
+    assert same(state(model), weights)
+
+
+@pytest.mark.parametrize("kind", ["disk full", "killed"])
+def test_a_fault_at_any_write_loses_nothing(data, tmp_path, monkeypatch, kind):
+    """The n-th write, fsync or rename fails, and all after it, for each n; then the run goes on."""
+    whole = None
+    error = OSError(errno.ENOSPC, "No space left on device") if kind == "disk full" else Killed()
+    for number in range(1000):
+        out = tmp_path / str(number)
+        faulty = FaultyOs(number, error)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "os", faulty)
+            try:
+                train(tiny(), TOKENIZER, SHORT, data, out)
+            except (UserError, Killed) as raised:
+                assert isinstance(raised, Killed) or "No space left" in str(raised)
+        if faulty.left >= 0:
+            break
+        if not (out / "run.json").exists():
+            assert number < 3
+            train(tiny(), TOKENIZER, SHORT, data, out)
+        else:
+            resume(tiny(), TOKENIZER, out)
+        whole = whole or result(out)
+        assert result(out) == whole
+    assert result(out) == whole
+    assert number > 20
+
+
+def stopped_run(data, out, step=3, config=SHORT):
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), TOKENIZER, config, data, out, on_progress=stopping_at(step))
+    return out
+
+
+def test_a_stopped_run_leaves_the_best_layer_so_far(data, tmp_path):
+    model = tiny()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, TOKENIZER, CONFIG, data, tmp_path / "out", on_progress=stopping_at(33))
+    fresh = tiny()
+    assert load_adapter(fresh, tmp_path / "out")["step"] == 20
+    assert same(state(fresh), state(model))
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_damaged_tail_is_said_and_made_anew(data, tmp_path, caplog):
+    whole, out = tmp_path / "whole", stopped_run(data, tmp_path / "out", step=4)
+    train(tiny(), TOKENIZER, SHORT, data, whole)
+    journal = out / "journal.zo"
+    reader = Reader(journal)
+    ends = [reader.end for record in reader if isinstance(record, Step)]
+    broken = bytearray(journal.read_bytes())
+    broken[ends[1] + 30] ^= 1
+    journal.write_bytes(broken)
+    resume(tiny(), TOKENIZER, out)
+    assert "whole up to step 2" in caplog.text and "goes on from there" in caplog.text
+    assert result(out) == result(whole)
+
+
+def test_a_finished_run_is_left_as_it_is(data, tmp_path):
+    out, model = tmp_path / "out", tiny()
+    metrics = train(model, TOKENIZER, SHORT, data, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert resume(tiny(), TOKENIZER, out) == metrics
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
+    out = stopped_run(data, tmp_path / "out")
+    journal = (out / "journal.zo").read_bytes()
+    other = tiny()
+    with torch.no_grad():
+        next(trainer.decoder_layers(other)[1].parameters())[0] += 0.5
+    with pytest.raises(UserError, match="base fingerprint"):
+        resume(other, TOKENIZER, out)
+    with pytest.raises(UserError, match="dtype is float32, not bfloat16"):
+        resume(tiny(torch.bfloat16), TOKENIZER, out)
+    moved = write_data(tmp_path / "data")
+    with (moved / "train.jsonl").open("a") as file:
+        file.write('{"sentence": "aab", "label": 0}\n')
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(settings | {"data": str(moved)}))
+    with pytest.raises(UserError, match="data fingerprint"):
+        resume(tiny(), TOKENIZER, out)
+    assert (out / "journal.zo").read_bytes() == journal
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 9}, "version 9"),
+        ({"data": 1}, "no valid 'data'"),
+        ({"config": {"task": "sst2", "steps": "six"}}, "no valid 'steps'"),
+        ({"config": {"task": "sst2", "shell": "rm"}}, "no valid 'shell'"),
+        ({"config": {"steps": 6}}, "not complete"),
+        ({"config": {"task": "sst2", "steps": -6}}, "steps is -6"),
+    ],
+)
+def test_settings_from_a_stranger_are_checked(data, tmp_path, change, says):
+    out = stopped_run(data, tmp_path / "out")
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=says):
+        resume(tiny(), TOKENIZER, out)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000], ids=["torn", "a list", "deep"])
+def test_settings_that_are_none_are_refused(data, tmp_path, text):
+    out = stopped_run(data, tmp_path / "out")
+    (out / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json.*damaged"):
+        resume(tiny(), TOKENIZER, out)
+    (out / "run.json").unlink()
+    with pytest.raises(UserError, match="holds no run"):
+        resume(tiny(), TOKENIZER, out)
+
+
+def test_a_result_is_kept_until_the_run_that_replaces_it_is_finished(data, tmp_path):
+    out, aside = tmp_path / "out", tmp_path / "out.replaced"
+    train(tiny(), TOKENIZER, SHORT, data, out)
+    first = result(out)
+    # Twice: an unfinished run does not push the finished one out.
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(
+                tiny(),
+                TOKENIZER,
+                replace(SHORT, seed=5),
+                data,
+                out,
+                overwrite=True,
+                on_progress=stopping_at(3),
+            )
+        assert result(aside) == first and not (out / "metrics.json").exists()
+    resume(tiny(), TOKENIZER, out)
+    assert not aside.exists()
+    assert json.loads((out / "metrics.json").read_text())["seed"] == 5
+
+
+def test_an_unfinished_run_is_not_started_over_by_mistake(data, tmp_path):
+    out = stopped_run(data, tmp_path / "out")
+    with pytest.raises(UserError, match="--resume"):
+        train(tiny(), TOKENIZER, SHORT, data, out)
+
+
+def test_two_runs_do_not_share_a_folder(data, tmp_path):
+    out = tmp_path / "out"
+    refused = []
+
+    def second_run(entry):
+        for start in (
+            lambda: resume(tiny(), TOKENIZER, out),
+            lambda: train(tiny(), TOKENIZER, SHORT, data, out, overwrite=True),
+        ):
+            with pytest.raises(UserError, match="in use by another run") as error:
+                start()
+            refused.append(error)
+
+    metrics = train(tiny(), TOKENIZER, SHORT, data, out, on_progress=second_run)
+    assert len(refused) == 2 * 7
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+
+
+def test_two_runs_do_not_share_a_model(data, tmp_path):
+    model, errors = tiny(), []
+
+    def use_elsewhere(use):
+        def run():
+            with pytest.raises(UserError, match="the model is in use") as error:
+                use()
+            errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    def on_progress(entry):
+        if entry["step"] == 1:
+            use_elsewhere(lambda: train(model, TOKENIZER, SHORT, data, tmp_path / "other"))
+            use_elsewhere(lambda: evaluate(model, TOKENIZER, "sst2", data))
+
+    metrics = train(model, TOKENIZER, SHORT, data, tmp_path / "out", on_progress=on_progress)
+    assert len(errors) == 2
+    assert evaluate(model, TOKENIZER, "sst2", data) == metrics["test"]
+
+
+def test_a_run_that_diverges_is_given_up_with_its_best_layer(data, tmp_path, monkeypatch):
+    out, model = tmp_path / "out", tiny()
+    loss_sums, calls = trainer.Scorer.loss_sums, iter(range(1000))
+
+    def exploding(scorer, plan, states):
+        sums, weight = loss_sums(scorer, plan, states)
+        return (sums if next(calls) < 25 else [1e4 * weight, sums[1]]), weight
+
+    monkeypatch.setattr(trainer.Scorer, "loss_sums", exploding)
+    says = r"last 20 steps.*best weights, of step 40.*smaller lr"
+    with pytest.raises(UserError, match=says):
+        train(model, TOKENIZER, CONFIG, data, out)
+    with pytest.raises(UserError, match=says):
+        resume(tiny(), TOKENIZER, out)
+    steps = list(Reader(out / "journal.zo").steps())
+    assert [step.applied for step in steps] == [True] * 25 + [False] * 20
+    assert steps[-1].losses[0] == 1e4
+    fresh = tiny()
+    load_adapter(fresh, out)
+    assert same(state(fresh), state(model))
