@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from typing import overload
+from typing import TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ def zo_step(
 
     Args:
         layer: a module (its parameters that require grad are tuned), a tensor, or an iterable of
-            both. z of the parameter with ordinal i among all parameters has stream i.
+            both. z of the parameter with ordinal i among all parameters has stream i. Of a DTensor,
+            each process moves its own shard, by its part of the full tensor's z.
         seed: of z, in [0, 2^64).
         eps: size of the perturbation, > 0.
         lr: step size, >= 0.
@@ -124,7 +126,7 @@ class ZOStep:
         if directions < 1:
             raise ValueError(f"directions must be at least 1, not {directions}")
         self._seed, self._eps, self._lr, self._directions = seed, eps, lr, directions
-        self._tuned = [_adopt(stream, name, live) for stream, name, live in _collect(layer)]
+        self._tuned = _adopted(layer)
         self._taken = False
 
     @contextmanager
@@ -204,7 +206,7 @@ class ZOStep:
             for t in self._tuned:
                 t.entry.perturbed = True
                 perturb_into(
-                    t.live, t.entry.master, self._seed, scale, stream=t.stream, query=direction
+                    t.live, t.entry.master, self._seed, scale, query=direction, **t.numbering
                 )
 
     def _restore(self) -> None:
@@ -254,8 +256,7 @@ def zo_replay(
         ValueError: lengths differ, a number is out of range, or a parameter cannot be tuned.
         RuntimeError: a step has the layer perturbed.
     """
-    tuned = [_adopt(stream, name, live) for stream, name, live in _collect(layer)]
-    _accumulate(tuned, seeds, scales, queries)
+    _accumulate(_adopted(layer), seeds, scales, queries)
 
 
 def _accumulate(
@@ -263,7 +264,7 @@ def _accumulate(
 ) -> None:
     with _uninterrupted():
         for t in tuned:
-            arguments = {"stream": t.stream, "query": queries}
+            arguments = {"query": queries, **t.numbering}
             if t.live.dtype is torch.float32:
                 accumulate_(t.entry.master, seeds, scales, **arguments)
                 t.live.detach().copy_(t.entry.master)
@@ -297,11 +298,19 @@ class _Entry:
         )
 
 
+class _Numbering(TypedDict):
+    """Which elements of noise a tensor's own are."""
+
+    stream: int
+    offset: int
+    row_stride: int | None
+
+
 @dataclass(frozen=True)
 class _Tuned:
-    stream: int
     name: str
     live: Tensor
+    numbering: _Numbering
     entry: _Entry
 
 
@@ -309,8 +318,16 @@ _Key = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
 _entries: dict[_Key, _Entry] = {}
 
 
-def _adopt(stream: int, name: str, live: Tensor) -> _Tuned:
-    """The parameter with its master: the one of the step before, where that still holds."""
+def _adopted(layer: Layer) -> list[_Tuned]:
+    """What is tuned, with its masters."""
+    return [
+        _Tuned(name, live, numbering, _adopt(name, live))
+        for name, live, numbering in _collect(layer)
+    ]
+
+
+def _adopt(name: str, live: Tensor) -> _Entry:
+    """The master of a parameter: the one of the step before, where that still holds."""
     for stale in [key for key, entry in _entries.items() if entry.storage.expired()]:
         del _entries[stale]
     key = (
@@ -329,25 +346,28 @@ def _adopt(stream: int, name: str, live: Tensor) -> _Tuned:
             if not part.copy_(whole).isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite; repair it first")
         _entries[key] = entry
-    return _Tuned(stream, name, live, entry)
+    return entry
 
 
-def _collect(layer: Layer) -> list[tuple[int, str, Tensor]]:
-    """(stream, name, tensor) of what is tuned; the stream counts frozen parameters too."""
-    found: list[tuple[int, str, Tensor]] = []
+def _collect(layer: Layer) -> list[tuple[str, Tensor, _Numbering]]:
+    """(name, tensor, numbering) of what is tuned; the stream counts frozen parameters too."""
+    found: list[tuple[str, Tensor, _Numbering]] = []
     seen: set[int] = set()
     stream = 0
     for name, tensor, chosen in _named_tensors(layer):
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        _check_parameter(name, tensor)
+        local, offset, row_stride = _shard(name, tensor)
+        _check_parameter(name, local)
         if chosen:
-            found.append((stream, name, tensor))
+            found.append(
+                (name, local, _Numbering(stream=stream, offset=offset, row_stride=row_stride))
+            )
         stream += 1
     if not found:
         raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
-    for (_, name, a), (_, other, b) in combinations(found, 2):
+    for (name, a, _), (other, b, _) in combinations(found, 2):
         if overlap(a, b):
             raise ValueError(f"{name} and {other} share memory; give one of the two")
     return found
@@ -372,6 +392,25 @@ def _named_tensors(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
         raise TypeError(
             f"layer is a {type(layer).__name__}; give a module, a tensor or an iterable of them"
         )
+
+
+def _shard(name: str, tensor: Tensor) -> tuple[Tensor, int, int | None]:
+    """(shard, offset, row stride) of a DTensor in this process; any other tensor is its own."""
+    # Where nobody has imported it there is no DTensor, and importing it is slow.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(tensor, module.DTensor):
+        return tensor, 0, None
+    if not all(type(p) in (module.Shard, module.Replicate) for p in tensor.placements):
+        raise ValueError(f"{name} is placed as {tensor.placements}; only shards can be tuned")
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, live = tuple(tensor.shape), tensor.to_local().detach()
+    _, start = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    if len(shape) < 2:
+        return live, sum(start), None
+    if live.shape[1:-1] != shape[1:-1]:
+        raise ValueError(f"{name} is sharded in a middle dimension; use its first or last")
+    return live, start[0] * math.prod(shape[1:]) + start[-1], shape[-1]
 
 
 def _check_parameter(name: str, tensor: Tensor) -> None:

@@ -9,12 +9,22 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
 from dlzo.distributed import joined, rank, size
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.trainer import HistoryEntry, resume, train
+from dlzo_kernels import zo_replay, zo_step
 from runs import CONFIG, TOKENIZER
 from tiny import tiny_model
 
@@ -86,6 +96,36 @@ def dying(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(tiny_model(), TOKENIZER, SHORT, folder / "data", folder / "out", on_progress=die)
+
+
+def sharded(folder: Path) -> None:
+    """Steps on a layer of DTensors against the same steps on the whole layer, to the last bit."""
+    mesh = init_device_mesh("cpu", (size(),))
+    for dtype in (torch.float32, torch.bfloat16):
+        whole, shards = (decoder_layers(tiny_model(dtype=dtype))[1] for _ in range(2))
+        for i, (name, parameter) in enumerate(list(shards.named_parameters())):
+            placement = (Shard(0), Shard(parameter.dim() - 1), Replicate())[i % 3]
+            owner, _, attribute = name.rpartition(".")
+            placed = torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement]))
+            setattr(shards.get_submodule(owner), attribute, placed)
+        for seed in range(3):
+            steps = [zo_step(layer, seed, 1e-2, 1e-2, directions=2) for layer in (whole, shards)]
+            with steps[0].minus(1), steps[1].minus(1):
+                assert_equal(whole, shards)
+            for step in steps:
+                assert step.update((0.5, 0.7), (0.4, 0.9)).applied
+            assert_equal(whole, shards)
+        for layer in (whole, shards):
+            zo_replay(layer, [1, 2], [0.1, -0.2], [0, 1])
+        assert_equal(whole, shards)
+    for placement, says in ((Shard(1), "middle dimension"), (Partial(), "only shards")):
+        with pytest.raises(ValueError, match=says):
+            zo_step(DTensor.from_local(torch.ones(2, 3, 4), mesh, [placement]), 0, 1e-2, 1e-2)
+
+
+def assert_equal(whole: torch.nn.Module, shards: torch.nn.Module) -> None:
+    for a, b in zip(whole.parameters(), shards.parameters(), strict=True):
+        assert b.full_tensor().dtype is a.dtype and torch.equal(a, b.full_tensor())
 
 
 if __name__ == "__main__":

@@ -171,9 +171,10 @@ def test_an_interrupted_run_says_how_it_goes_on(run, model, data, tmp_path, fini
     assert code == 130
     assert f"dlzo train --resume {out}" in text
     assert not (out / "metrics.json").exists()
-    for _ in range(2):
+    for finished_before in (False, True):
         code, text, _ = run("train", "--resume", out)
         assert code == 0 and "untuned" in text
+        assert ("is finished" in text) == finished_before
     for name in ("journal.zo", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
 

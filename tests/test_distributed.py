@@ -144,6 +144,12 @@ def test_when_a_rank_dies_the_others_stop_and_the_run_goes_on(tmp_path):
     assert_close(tmp_path / "out", tmp_path / "one")
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_sharded_layer_moves_by_the_bits_of_the_whole_one(tmp_path, size):
+    for code, error in start("sharded", tmp_path, size):
+        assert code == 0, error
+
+
 def test_torchrun_starts_the_command(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     byte_tokenizer(" terrible", " great").save_pretrained(tmp_path / "model")

@@ -14,8 +14,8 @@ from dlzo import files, trainer
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
-from dlzo.journal import Reader
-from dlzo.records import Step
+from dlzo.journal import Reader, Writer, create
+from dlzo.records import Event, Step
 from dlzo.trainer import resume, train
 from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, write_data
 from tiny import tiny_model
@@ -206,6 +206,28 @@ def test_settings_that_are_none_are_refused(data, tmp_path, text):
     (out / "run.json").unlink()
     with pytest.raises(UserError, match="holds no run"):
         resume(tiny(), TOKENIZER, out)
+
+
+@pytest.mark.parametrize(
+    ("records", "says"),
+    [
+        ([Event(0, "validation", {"accuracy": 0.5})], "'validation'.*no evaluation"),
+        ([Event(0, "untuned", {"loss": "low"})], "'untuned'.*no evaluation"),
+        ([Step(1, 1, 3e-3, (0.1,), (0.5, 0.4), True)], "no evaluation of the untuned"),
+    ],
+)
+def test_a_forged_journal_is_refused(data, tmp_path, records, says):
+    out = stopped_run(data, tmp_path / "out")
+    header = Reader(out / "journal.zo").header
+    create(out / "journal.zo", header)
+    with Writer(Reader(out / "journal.zo"), 1, 0.0) as journal:
+        for record in records:
+            journal.append(record)
+    model = tiny()
+    before = state(model)
+    with pytest.raises(UserError, match=says):
+        resume(model, TOKENIZER, out)
+    assert same(state(model), before)
 
 
 def test_a_result_is_kept_until_the_run_that_replaces_it_is_finished(data, tmp_path):

@@ -38,7 +38,7 @@ from dlzo.models import load_model, parse_dtype
 from dlzo.plots import plot_history, plot_probe
 from dlzo.probe import probe
 from dlzo.replay import replay
-from dlzo.run import JOURNAL_FILE, read_settings
+from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
 from dlzo.tasks import Split
 from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, resume, train
 
@@ -256,6 +256,8 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 
 def _resume(out: Path) -> Metrics:
+    if (out / METRICS_FILE).exists():
+        console.print(f"the run in {out} is finished", highlight=False)
     settings = from_first_rank(lambda: read_settings(out))
     loaded, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
     with _resumable(out), _progress(settings["config"].get("steps")) as on_progress:

@@ -45,6 +45,9 @@ def joined() -> Iterator[None]:
         dist.init_process_group(timeout=TIMEOUT)
     try:
         yield
+        # A rank that left early would look dead to those that are still sending.
+        with _reaching_all():
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 

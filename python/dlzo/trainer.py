@@ -278,8 +278,7 @@ class _Run:
         self.train_set = self.scorer.encode(drawn)
         self.validation_set = self.scorer.encode(examples["validation"])
         self.examples = examples
-        self.base = base_fields(model, config.layer)
-        self.header = _header(self.base, config, _fingerprint(examples))
+        self.header = _header(base_fields(model, config.layer), config, _fingerprint(examples))
         self.entry: HistoryEntry = {"step": 0}
         self.untuned: Evaluation | None = None
         self.best: StepEvaluation | None = None
@@ -353,6 +352,11 @@ class _Run:
         """Brings state and weights to where the journal ends; of a new run, to its beginning."""
         for record in records:
             self._note(record)
+        if self.entry["step"] > 0 and (self.untuned is None or self.best is None):
+            raise UserError(
+                f"the journal in {str(self.out)!r} has steps but no evaluation of the untuned "
+                "model: start the run again"
+            )
         steps = (record for record in records if isinstance(record, Step))
         if self.best is not None:
             apply_steps(self.layer, islice(steps, self.best["step"]))
@@ -366,7 +370,7 @@ class _Run:
             self.skipped += not record.applied
             self.skipped_in_a_row = 0 if record.applied else self.skipped_in_a_row + 1
             return
-        found = cast(Evaluation, dict(record.values))
+        found = _evaluation(record)
         if record.name == "untuned":
             self.untuned = found
         elif record.name == "test":
@@ -537,6 +541,14 @@ def _finished(out: Path) -> Metrics | None:
 
 def _entry(step: Step) -> HistoryEntry:
     return {"step": step.step, "train_loss": _finite_or_none(step.loss)}
+
+
+def _evaluation(event: Event) -> Evaluation:
+    """The figures of an event, which may be from anywhere."""
+    figures = event.values.values()
+    if "loss" not in event.values or not all(isinstance(f, float | int | None) for f in figures):
+        raise UserError(f"the event {event.name[:60]!r} of a journal is no evaluation")
+    return cast(Evaluation, dict(event.values))
 
 
 def _validation(event: Event) -> HistoryEntry:
