@@ -30,7 +30,9 @@ def plain_answer(model, tokenizer, prompt, new_tokens):
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_answers_equal_one_by_one_greedy_loops(family, batch_tokens):
-    model, tokenizer = tiny_model(family, torch.float64), byte_tokenizer()
+    # transformers' masks for these overflow in their softmax, which is float32 in any dtype.
+    dtype = torch.float32 if family in ("gemma2", "bloom") else torch.float64
+    model, tokenizer = tiny_model(family, dtype), byte_tokenizer()
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=20, batch_tokens=batch_tokens)
     assert answers == [plain_answer(model, tokenizer, prompt, 20) for prompt in PROMPTS]
     assert len(set(answers)) > 1
