@@ -94,7 +94,7 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
 
     Args:
         model: The adapter's base model.
-        path_or_hub_id: Folder that holds the adapter, or its id on the Hugging Face hub.
+        path_or_hub_id: Folder that holds the adapter, or its OWNER/NAME on the Hugging Face hub.
 
     Raises:
         UserError: the adapter is missing, damaged or made for another base model; the model is
@@ -146,7 +146,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def _find(path_or_hub_id: str | Path) -> Path:
     folder = Path(path_or_hub_id)
-    if folder.exists():
+    # Ids on the hub are OWNER/NAME: a mistyped folder costs no look-up there.
+    if folder.exists() or "/" not in str(path_or_hub_id):
         return folder / WEIGHTS_FILE
     try:
         return Path(hf_hub_download(str(path_or_hub_id), WEIGHTS_FILE))
