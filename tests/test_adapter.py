@@ -76,6 +76,21 @@ def test_round_trip_is_exact(adapter):
     assert [path.name for path in folder.iterdir()] == ["adapter_model.safetensors"]
 
 
+def test_an_adapter_is_fetched_by_its_hub_id(adapter, monkeypatch):
+    folder, tuned = adapter
+    asked = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        return str(folder / name)
+
+    monkeypatch.setattr("dlzo.adapter.hf_hub_download", download)
+    model = base(adapter)
+    load_adapter(model, "someone/tuned")
+    assert asked == [("someone/tuned", "adapter_model.safetensors")]
+    assert same(state(model), tuned)
+
+
 def test_weights_file_holds_the_tuned_layer_alone_by_full_names(adapter):
     folder, tuned = adapter
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -149,6 +149,23 @@ def test_a_writer_goes_on_behind_the_last_whole_record(journal):
     assert read(journal) == (RECORDS, None)
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds", "synced_after"),
+    [(3, 1e9, [3, 6, 9, 10]), (100, 1e9, [10]), (100, 0.0, [*range(1, 11), 10])],
+)
+def test_the_disk_is_waited_for_by_steps_by_seconds_and_at_events(
+    tmp_path, monkeypatch, steps, seconds, synced_after
+):
+    create(tmp_path / "journal.zo", HEADER)
+    synced, last = [], 0
+    with Writer(Reader(tmp_path / "journal.zo"), steps, seconds) as journal:
+        monkeypatch.setattr("dlzo.files.os.fsync", lambda descriptor: synced.append(last))
+        for last in range(1, 11):
+            journal.append(Step(last, 1, 3e-4, (0.1,), (0.7, 0.6), True))
+        journal.append(Event(10, "test", {"loss": 0.5}))
+    assert synced == synced_after
+
+
 @pytest.mark.parametrize("order", [[0, 1, 3, 4], [0, 1, 3, 2, 4], [0, 1, 1, 2, 3, 4]], ids=str)
 def test_dropped_swapped_and_repeated_records_are_detected(journal, order):
     """Each record whole in itself: the checksum runs on through all of them."""

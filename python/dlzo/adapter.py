@@ -94,7 +94,7 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
 
     Args:
         model: The adapter's base model.
-        path_or_hub_id: Folder that holds the adapter, or its id on the Hugging Face hub.
+        path_or_hub_id: Folder that holds the adapter, or its OWNER/NAME on the Hugging Face hub.
 
     Raises:
         UserError: the adapter is missing, damaged or made for another base model; the model is
@@ -145,16 +145,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _find(path_or_hub_id: str | Path) -> Path:
-    folder = Path(path_or_hub_id)
-    if folder.exists():
-        return folder / WEIGHTS_FILE
+    name = str(path_or_hub_id)
+    if Path(name).is_dir():
+        return Path(name) / WEIGHTS_FILE
     try:
-        return Path(hf_hub_download(str(path_or_hub_id), WEIGHTS_FILE))
+        # A mistyped folder costs no look-up on the hub.
+        if "/" not in name:
+            raise ValueError(f"{name!r} is no OWNER/NAME")
+        return Path(hf_hub_download(name, WEIGHTS_FILE))
     # The hub's errors, and what it raises for a name that can be none of its own.
     except (OSError, ValueError) as error:
         raise UserError(
-            f"adapter {str(path_or_hub_id)!r} is not a folder and cannot be fetched from the "
-            f"Hugging Face hub: check the name or the network"
+            f"adapter {name!r} is not a folder and cannot be fetched from the Hugging Face hub: "
+            "check the name or the network"
         ) from error
 
 

@@ -29,7 +29,7 @@ from dlzo.adapter import dtype_name, layer_fingerprint, save_adapter
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
 from dlzo.journal import Reader, Writer, create
-from dlzo.models import decoder_layers, sole_use
+from dlzo.models import DEFAULT_MODEL, decoder_layers, sole_use
 from dlzo.probe import probe
 from dlzo.records import Event, Header, Record, Step, encode_header
 from dlzo.replay import apply_steps, base_fields, differences
@@ -617,7 +617,7 @@ def _config(values: Mapping[str, Any], out: Path) -> TrainConfig:
 def _absolute(name: str) -> str:
     """A model's name; a path holds from any folder."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+    return str(path.resolve()) if path.exists() and name != DEFAULT_MODEL else name
 
 
 def _find_layer(
