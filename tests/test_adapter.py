@@ -91,11 +91,11 @@ def test_an_adapter_is_fetched_by_its_hub_id(adapter, monkeypatch):
     assert same(state(model), tuned)
 
 
-def test_weights_file_holds_the_tuned_layer_alone_by_full_names(adapter):
+def test_weights_file_holds_the_tuned_layer_alone_by_the_names_of_peft(adapter):
     folder, tuned = adapter
     tensors = load_file(folder / "adapter_model.safetensors")
-    prefix = f"model.layers.{LAYER}."
-    assert same(tensors, {name: t for name, t in tuned.items() if name.startswith(prefix)})
+    own = {name: t for name, t in tuned.items() if name.startswith(f"model.layers.{LAYER}.")}
+    assert same(tensors, {f"base_model.model.{name}": t for name, t in own.items()})
 
 
 def test_fingerprint_sees_a_single_bit_and_a_name():
@@ -175,7 +175,7 @@ def test_damaged_or_missing_files_are_refused(adapter, monkeypatch):
     assert_refused(adapter, "is not a folder and cannot be fetched")
 
 
-NAME = f"model.layers.{LAYER}.mlp.up_proj.weight"
+NAME = f"base_model.model.model.layers.{LAYER}.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(

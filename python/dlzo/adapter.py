@@ -1,7 +1,7 @@
 """Adapters: one tuned decoder layer on disk, bound to the base model it was tuned in.
 
-An adapter is one safetensors file, with its configuration as JSON in the file's metadata: so the
-two cannot get out of step.
+An adapter is one safetensors file, its tensors named as PEFT names them, with its configuration as
+JSON in the file's metadata: so the two cannot get out of step.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dlzo.models import decoder_layers
 FORMAT = "dlzo-layer"
 VERSION = 2
 WEIGHTS_FILE = "adapter_model.safetensors"
+# As PEFT names the tensors of its adapters.
+PREFIX = "base_model.model."
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -75,7 +77,7 @@ def save_adapter(
         "dtype": dtype_name(model),
     }
     tensors = {
-        name: parameter.detach().cpu().contiguous()
+        PREFIX + name: parameter.detach().cpu().contiguous()
         for name, parameter in layer_parameters(model, layer_index).items()
     }
 
@@ -115,7 +117,7 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
             f"adapter {str(path)!r} tunes layer {layer} and the model has {len(layers)} layers: "
             f"load its base model, {config['base_model']!r}"
         )
-    parameters = layer_parameters(model, layer)
+    parameters = {PREFIX + name: p for name, p in layer_parameters(model, layer).items()}
     _check_tensors(path, tensors, parameters)
     if layer_fingerprint(layers[layer]) != config["base_fingerprint"]:
         raise UserError(

@@ -120,5 +120,7 @@ def _figures(run: Path) -> str:
         ("tuned", "test", "test"),
         ("tuned", "validation", "best"),
     ):
-        rows.append([name, split, *(json.dumps(metrics[key][figure]) for figure in names)])
+        # Validation generates no answers, and so has fewer figures.
+        found = metrics[key]
+        rows.append([name, split, *(json.dumps(found.get(figure)) for figure in names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
