@@ -247,6 +247,17 @@ def test_options_of_one_token_share_the_prompt():
     assert len(apart.sequences) == 2
 
 
+def test_autocast_leaves_the_option_logits_in_float32():
+    model, tokenizer = tiny_model(), byte_tokenizer(*SENTIMENT)
+    scorer = Scorer(model, tokenizer)
+    plan = scorer.plan(scorer.encode(EXAMPLES[:3]))
+    # The same hidden states in any arithmetic.
+    model.model.norm.register_forward_hook(lambda _, args, out: torch.ones_like(out) / 3)
+    expected = scorer.losses(plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scorer.losses(plan) == expected
+
+
 def test_sixteen_bit_models_have_float32_logits_for_the_options():
     model = tiny_model(dtype=torch.bfloat16)
     tokenizer = byte_tokenizer(*SENTIMENT)

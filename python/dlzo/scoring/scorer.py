@@ -342,7 +342,8 @@ class Scorer:
                 return own_forward(hidden)
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             bias = None if head.bias is None else head.bias[vocabulary].to(dtype)
-            exact = F.linear(hidden.to(dtype), head.weight[vocabulary].to(dtype), bias)
+            with torch.autocast(hidden.device.type, enabled=False):
+                exact = F.linear(hidden.to(dtype), head.weight[vocabulary].to(dtype), bias)
             if restricted:
                 return exact
             logits = own_forward(hidden).to(dtype)
