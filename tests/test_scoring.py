@@ -141,6 +141,11 @@ def test_what_each_architecture_allows():
     assert all(found == [False, False, False] for found in problems.values())
 
 
+def test_a_leak_that_could_pass_for_rounding_is_noticed():
+    scorer = Scorer(tiny_model("bloom", torch.bfloat16), byte_tokenizer())
+    assert "see each other" in scorer.trees_problem
+
+
 def test_a_mask_that_is_no_window_is_noticed(monkeypatch):
     model = tiny_model()
     forward = model.model.layers[0].self_attn.forward
