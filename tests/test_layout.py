@@ -44,6 +44,20 @@ def test_prefixes_are_shared_where_that_saves_work():
     assert len(grow_trees(texts, hidden_size=576)) == 2
 
 
+@given(SEQUENCES, st.integers(1, 40), st.integers(1, 9))
+def test_packs_are_filled_up_by_a_tree_of_their_own(sequences, row_tokens, multiple):
+    trees = grow_trees(sequences, 64)
+    plain = list(pack_trees(trees, row_tokens))
+    for pack, filled in zip(plain, pack_trees(trees, row_tokens, multiple), strict=True):
+        assert 0 <= filled.positions - pack.positions < multiple
+        assert filled.positions % multiple == 0
+        assert filled.places.keys() == pack.places.keys()
+        assert filled.trees[: len(pack.trees)] == pack.trees
+        for tree in filled.trees[len(pack.trees) :]:
+            assert tree.is_chain and not tree.paths
+            assert len(tree.tokens) == filled.positions - pack.positions
+
+
 @given(SEQUENCES, st.integers(1, 40))
 def test_packs_hold_every_token_at_its_place(sequences, row_tokens):
     for packs in (pack_trees(grow_trees(sequences, 64), row_tokens), pad_rows(sequences, 8)):

@@ -141,8 +141,9 @@ def test_what_each_architecture_allows():
     assert all(found == [False, False, False] for found in problems.values())
 
 
-def test_a_leak_that_could_pass_for_rounding_is_noticed():
-    scorer = Scorer(tiny_model("bloom", torch.bfloat16), byte_tokenizer())
+def test_a_leak_that_could_pass_for_rounding_is_noticed(monkeypatch):
+    monkeypatch.setattr(Scorer, "_problem", lambda *_: None)
+    scorer = Scorer(tiny_model("bloom"), byte_tokenizer())
     assert "see each other" in scorer.trees_problem
 
 
@@ -229,6 +230,17 @@ def test_loss_sums_of_shares_add_up():
         )
         assert a_weight + b_weight == weight
         assert [x + y for x, y in zip(a, b, strict=True)] == pytest.approx(whole, abs=1e-12)
+
+
+def test_rows_of_sixteen_bit_models_have_few_lengths():
+    lengths = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        scorer = Scorer(tiny_model(dtype=dtype), byte_tokenizer())
+        encoded = scorer.encode(EXAMPLES)
+        plans = [scorer.plan(encoded[:n]) for n in range(1, len(encoded) + 1)]
+        lengths[dtype] = [plan.positions for plan in plans]
+    for exact, rounded in zip(*lengths.values(), strict=True):
+        assert rounded == exact + -exact % 16
 
 
 def test_plan_explains_itself():

@@ -124,9 +124,15 @@ class Pack:
         return self.inputs["input_ids"].numel()
 
 
-def pack_trees(trees: Sequence[Tree], row_tokens: int) -> Iterator[Pack]:
-    """Trees end to end, as they come, in packs of at most `row_tokens`, or of one tree."""
+def pack_trees(trees: Sequence[Tree], row_tokens: int, multiple_of: int = 1) -> Iterator[Pack]:
+    """Trees end to end, as they come, in packs of at most `row_tokens`, or of one tree.
+
+    A tree of no sequence fills a pack up to a multiple of `multiple_of` tokens.
+    """
     for group in _groups(trees, _total_tokens, row_tokens):
+        if missing := -_total_tokens(group) % multiple_of:
+            chain = tuple(range(missing))
+            group.append(Tree((0,) * missing, {}, (-1, *chain[:-1]), chain))
         places = {}
         start = 0
         for tree in group:

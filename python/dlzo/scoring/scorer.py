@@ -248,7 +248,10 @@ class Scorer:
 
     def _lay_out(self, sequences: set[Tokens]) -> Iterator[Pack]:
         if self.trees_problem is None:
-            return pack_trees(grow_trees(sequences, self._hidden_size), self.row_tokens)
+            # For each length of a row in 16 bits, torch compiles a kernel on CPUs, and keeps it.
+            multiple = 16 if self.model.dtype.itemsize == 2 else 1
+            trees = grow_trees(sequences, self._hidden_size)
+            return pack_trees(trees, self.row_tokens, multiple)
         return pad_rows(sequences, self.row_tokens)
 
     def _notes(self, cached: int) -> Iterator[str]:
