@@ -186,13 +186,15 @@ def test_a_loss_that_is_not_finite_is_not_applied(dtype, bad, phase):
     assert_untouched(layer, before)
 
 
-def test_ctrl_c_while_the_weights_are_written_waits_for_the_end(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, number):
     from dlzo_kernels import step as module
 
+    before_signal = signal.signal(number, signal.default_int_handler)
     layer, before, written = layer_of(), copies(layer_of()), []
 
     def interrupted(*arguments, **numbers):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         written.append(1)
         return perturb_into(*arguments, **numbers)
 
@@ -200,6 +202,7 @@ def test_ctrl_c_while_the_weights_are_written_waits_for_the_end(monkeypatch):
     monkeypatch.setattr(module, "perturb_into", interrupted)
     with pytest.raises(KeyboardInterrupt):
         zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: 0.0)
+    signal.signal(number, before_signal)
     assert len(written) == 4  # all parameters, the interrupted one too
     assert_untouched(layer, before)
 

@@ -226,8 +226,9 @@ def demo_command(
 
 def main() -> None:
     """Runs the command; what the user can mend ends in one sentence and exit code 2."""
-    # Being told to end is as Ctrl-C, which never comes amid a write to the weights.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Being told to end is as Ctrl-C, but not by way of SIGINT, which a shell lets a background
+    # process ignore.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with joined():
             console.quiet = rank() != 0
