@@ -158,7 +158,10 @@ def test_torchrun_starts_the_command(tmp_path):
     command = [*torchrun, "--nproc-per-node", "2", "-m", "dlzo", "train", tmp_path / "model"]
     options = ["--task", "sst2", "--data", tmp_path / "data", "--out", tmp_path / "out"]
     shape = ["--layer", "1", "--steps", "4", "--batch-size", "8", "--dtype", "float32"]
-    done = subprocess.run([*command, *options, *shape], capture_output=True, text=True, check=False)
+    # Away from this folder, whose dlzo_kernels has no extension in it.
+    done = subprocess.run(
+        [*command, *options, *shape], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("untuned") == 1
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 4
