@@ -128,11 +128,15 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
                     if variant not in warm:
                         step()
                         warm.add(variant)
-                    started = time.perf_counter()
-                    step()
-                    ms = 1e3 * (time.perf_counter() - started)
+                    ms = milliseconds(step)
                     positions = computed(contestants, task, examples, variant)
                     append(dtype, task, number, variant, f"{ms:.1f}", positions)
+
+
+def milliseconds(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - started)
 
 
 def computed(contestants: Contestants, task: str, examples: list[Example], variant: str) -> int:
