@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_is_not_applied(dtype, bad, phase):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, number):
-    from dlzo_kernels import step as module
+    from dlzo_kernels.ops import perturb as module
 
     before_signal = signal.signal(number, signal.default_int_handler)
     layer, before, written = layer_of(), copies(layer_of()), []
@@ -196,10 +196,10 @@ def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, n
     def interrupted(*arguments, **numbers):
         os.kill(os.getpid(), number)
         written.append(1)
-        return perturb_into(*arguments, **numbers)
+        return real(*arguments, **numbers)
 
-    perturb_into = module.perturb_into
-    monkeypatch.setattr(module, "perturb_into", interrupted)
+    real = module._perturb_cpu
+    monkeypatch.setattr(module, "_perturb_cpu", interrupted)
     with pytest.raises(KeyboardInterrupt):
         zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: 0.0)
     signal.signal(number, before_signal)
@@ -208,10 +208,10 @@ def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, n
 
 
 def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
-    from dlzo_kernels import step as module
+    from dlzo_kernels.ops import perturb as module
 
     layer, before = layer_of(), copies(layer_of())
-    real, calls = module.perturb_into, []
+    real, calls = module._perturb_cpu, []
 
     def failing(*arguments, **numbers):
         calls.append(1)
@@ -219,7 +219,7 @@ def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
             raise MemoryError
         return real(*arguments, **numbers)
 
-    monkeypatch.setattr(module, "perturb_into", failing)
+    monkeypatch.setattr(module, "_perturb_cpu", failing)
     with pytest.raises(MemoryError):
         zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: 0.0)
     assert_untouched(layer, before)
@@ -229,14 +229,14 @@ def test_the_layer_is_passed_over_three_times(monkeypatch):
     from dlzo_kernels import step as module
 
     passes = []
-    for name in ("perturb_into", "accumulate_"):
+    for name in ("perturb_layer", "accumulate_layer"):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, real=real, name=name, **k: passes.append(name) or real(*a, **k)
         )
     w = torch.ones(10, dtype=torch.bfloat16)
     zo_step(w, 1, 0.1, 1e-3, closure=lambda: w.float().sum())
-    assert passes == ["perturb_into", "perturb_into", "accumulate_"]
+    assert passes == ["perturb_layer", "perturb_layer", "accumulate_layer"]
 
 
 def test_no_random_state_is_touched_and_grad_is_off():
