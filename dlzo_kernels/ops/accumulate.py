@@ -121,14 +121,16 @@ def accumulate_layer(
         seeds: as in `accumulate_`.
         scales: as in `accumulate_`.
         queries: K numbers of directions.
-        gate: one int32 in device memory; 0 there leaves the masters as they are.
+        gate: one int32 in the masters' memory; 0 there leaves them as they are.
         writes_out: False where no out is written.
     """
     for (device, out_dtype, base_dtype), alike in by_kind(operands).items():
         if device.type == "cpu":
-            unsigned = [to_unsigned(int(seed)) for seed in seeds]
+            count = len(queries) if gate is None or gate.item() else 0
+            unsigned = [to_unsigned(int(seed)) for seed in seeds][:count]
+            numbers = [float(scale) for scale in scales][:count]
             for operand in alike:
-                _accumulate_cpu(operand, unsigned, list(map(float, scales)), queries, writes_out)
+                _accumulate_cpu(operand, unsigned, numbers, queries[:count], writes_out)
         else:
             directions, _kept = _gpu.directions(device, seeds, queries, scales)
             dtypes = out_dtype, base_dtype
