@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model, parse_dtype
+from dlzo.sampler import batch_indices, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example, get_task, load_split
-from dlzo.trainer import batch_indices, step_seed
 from dlzo_kernels import perturb_, zo_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,8 +22,9 @@ from torch.distributed.tensor import (
 
 from dlzo.distributed import joined, rank, size
 from dlzo.errors import UserError
+from dlzo.metrics import HistoryEntry
 from dlzo.models import decoder_layers
-from dlzo.trainer import HistoryEntry, resume, train
+from dlzo.trainer import resume, train
 from dlzo_kernels import zo_replay, zo_step
 from runs import CONFIG, TOKENIZER
 from tiny import tiny_model
