@@ -181,7 +181,7 @@ def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 9}, "version 9"),
+        ({"version": 9}, "version 9 and this dlzo reads version 1"),
         ({"data": 1}, "no valid 'data'"),
         ({"config": {"task": "sst2", "steps": "six"}}, "no valid 'steps'"),
         ({"config": {"task": "sst2", "shell": "rm"}}, "no valid 'shell'"),
