@@ -166,12 +166,14 @@ class _Run:
         self.task = get_task(config.task)
         cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
         self.scorer = Scorer(model, tokenizer, self.layer, loss=self.task.loss, cache=cache)
+        # Without the cache, as in `evaluate`: the same bits.
+        self.test_scorer = Scorer(model, tokenizer, loss=self.task.loss)
         drawn = examples["train"]
         if self.task.loss == "gold":
             drawn = [example.gold_only() for example in drawn]
         self.train_set = self.scorer.encode(drawn)
         self.validation_set = self.scorer.encode(examples["validation"])
-        self.examples = examples
+        self.test_set = examples["test"]
         self.header = _header(base_fields(model, config.layer), config, fingerprint(examples))
         self.progress = Progress()
         self.best_weights = self._weights()
@@ -283,9 +285,7 @@ class _Run:
         self.step_ms.append(1e3 * (time.perf_counter() - started))
 
     def _evaluate_test(self) -> Evaluation:
-        # Without the cache, as in `evaluate`: the same bits.
-        scorer = Scorer(self.model, self.scorer.tokenizer, loss=self.task.loss)
-        return judge(scorer, self.task, self.examples["test"])
+        return judge(self.test_scorer, self.task, self.test_set)
 
     def _cache_prefixes(self) -> None:
         """Computes once what the layers below the tuned one make of what will be scored."""
