@@ -39,6 +39,11 @@ def take_step(
     return Step(number, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
 
 
+def shares_examples(directions: int) -> bool:
+    """Whether each rank scores examples of a batch of its own, and not directions of a step."""
+    return directions % distributed.size() != 0
+
+
 def _losses(
     scorer: Scorer, step: ZOStep, batch: Sequence[EncodedExample], directions: int
 ) -> list[float]:
@@ -47,10 +52,10 @@ def _losses(
     The ranks take directions where these can be shared out evenly, and else examples.
     """
     mine, share = range(directions), batch
-    if directions % distributed.size() == 0:
-        mine = distributed.share_of(mine)
-    else:
+    if shares_examples(directions):
         share = distributed.share_of(batch)
+    else:
+        mine = distributed.share_of(mine)
     sums, weights = [0.0] * (2 * directions), [0.0] * (2 * directions)
     if share:
         plan = scorer.plan(share)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo import distributed
 from dlzo.adapter import dtype_name, layer_fingerprint, save_adapter
 from dlzo.config import TrainConfig, parse_config
-from dlzo.dominant import take_step
+from dlzo.dominant import shares_examples, take_step
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
 from dlzo.journal import Reader, Writer, create
@@ -203,7 +203,8 @@ class _Run:
                 self._catch_up(distributed.from_first_rank(lambda: self._open_journal(stack)))
                 if self.progress.untuned is None:
                     self._record(Event(0, "untuned", untuned or self.evaluate_untuned()))
-                self._cache_prefixes()
+                if not self._is_validated(self.config.steps):
+                    self._cache_prefixes()
                 self._do_steps(on_progress)
                 self._restore_best()
                 if self.progress.test is None:
@@ -288,17 +289,31 @@ class _Run:
         return judge(self.test_scorer, self.task, self.test_set)
 
     def _cache_prefixes(self) -> None:
-        """Computes once what the layers below the tuned one make of what will be scored."""
+        """Computes once what the layers below the tuned one make of what this rank will score.
+
+        What is computed together decides how it is rounded. So ranks that take directions each
+        compute all that one process would, and have its bits.
+        """
         config, size = self.config, len(self.train_set)
         epoch = range(1, min(config.steps, size // config.batch_size) + 1)
-        drawn = {i for n in epoch for i in batch_indices(config.seed, n, size, config.batch_size)}
-        train_set = [self.train_set[i] for i in sorted(drawn)]
-        self.scorer.cache_prefixes([*train_set, *self.validation_set])
+        batches = [batch_indices(config.seed, n, size, config.batch_size) for n in epoch]
+        validation_set = self.validation_set
+        if shares_examples(config.directions):
+            validation_set = distributed.share_of(validation_set)
+            # In the next epoch, a rank would take others of the batches.
+            if config.steps == len(epoch):
+                batches = [distributed.share_of(batch) for batch in batches]
+        train_set = [self.train_set[i] for i in sorted({i for batch in batches for i in batch})]
+        self.scorer.cache_prefixes([*train_set, *validation_set])
 
     def _validation_is_due(self) -> bool:
-        step, final = self.progress.step, self.progress.final
-        done = final is not None and final["step"] == step
-        return not done and (step % self.config.eval_every == 0 or step == self.config.steps)
+        step = self.progress.step
+        due = step % self.config.eval_every == 0 or step == self.config.steps
+        return due and not self._is_validated(step)
+
+    def _is_validated(self, step: int) -> bool:
+        final = self.progress.final
+        return final is not None and final["step"] == step
 
     def _validate(self) -> None:
         step = self.progress.step
