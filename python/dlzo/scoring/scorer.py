@@ -35,7 +35,7 @@ from dlzo.tasks import Example, TrainingLoss
 ROW_TOKENS = 512
 # How far two ways to the same mean log-probability may lie apart by rounding, by bytes of a number.
 _CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.5}
-# Of each model; held during forwards, for which its modules are led astray.
+# By model: threads wait for their turn at a forward. `sole_use`, for a whole run, refuses instead.
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
