@@ -69,7 +69,7 @@ def accumulate_(
     Raises:
         ValueError: lengths or shapes differ, a number is out of range, elements share memory.
         TypeError: a dtype is none of the three, or out is given and master is not float32.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     queries = [query] * len(seeds) if isinstance(query, int) else list(query)
     check_directions(seeds, scales, queries, master.device)

@@ -79,7 +79,9 @@ def kernel(op: str, name: str, architecture: int) -> Kernel:
     return _kernels[key]
 
 
-def gaussian(out: Tensor, device: Device | None = None, *, seed: int = SEED, **numbers: int) -> None:
+def gaussian(
+    out: Tensor, device: Device | None = None, *, seed: int = SEED, **numbers: int
+) -> None:
     device = device or Device()
     query = numbers.pop("query", 0)
     operand = operand_of(out, out, **numbers)
