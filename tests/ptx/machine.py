@@ -219,7 +219,7 @@ class Machine:
                 self._release()
 
     def _advance(self, at: int, active: Array) -> None:
-        """Run threads that stand at one instruction until they part, wait, end or may meet others."""
+        """Run threads that stand at one instruction until they part, wait, end or may meet more."""
         everyone = np.array_equal(active, self.alive)
         mask = None if everyone else active
         first = at

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.datatypes import TYPES, unsigned
+from ptx.datatypes import datatype, unsigned
 from ptx.errors import Unsupported
 from ptx.instructions import Instruction, decode
 from ptx.memory import VARIABLES, generic_address
@@ -108,7 +108,7 @@ class _Layout:
 
     def add(self, declaration: re.Match[str]) -> None:
         space, alignment, type_name, name, count, initial = declaration.groups()
-        dtype = TYPES[type_name]
+        dtype = datatype(type_name)
         if count == "":
             self._dynamic.append(name)
             return
@@ -175,9 +175,13 @@ def _instructions(
         elif text.endswith(":"):
             labels[text[:-1]] = len(instructions)
         elif text.startswith(".reg"):
-            type_name, names = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text, re.S).groups()
+            type_name, names = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text).groups()
+            if type_name == "b128":
+                raise Unsupported(f"line {line}: {text}: 128-bit registers are not simulated")
             operands.declare(type_name, names)
         elif text.startswith("."):
+            if text.startswith(".param"):
+                raise Unsupported(f"line {line}: {text}: calls are not simulated; inline them")
             if not _VARIABLE.match(text + ";") and not text.startswith(_IGNORED):
                 raise Unsupported(f"line {line}: {text}: this directive is not simulated")
         else:
@@ -241,7 +245,7 @@ def _functions(source: str) -> tuple[str, list[_Function]]:
 def _parameters(text: str, layout: _Layout) -> Iterator[Parameter]:
     for declaration in split_list(text):
         alignment, type_name, name, count = _PARAMETER.match(declaration).groups()
-        dtype = TYPES[type_name]
+        dtype = datatype(type_name)
         size = dtype.itemsize * int(count or 1)
         offset = layout.reserve("param", size, int(alignment or dtype.itemsize))
         layout.symbols[name] = offset
