@@ -75,15 +75,30 @@ def parse(source: str, entry: str | None = None) -> Kernel:
     Raises:
         Unsupported: no such entry, or a statement outside the subset of ptx.instructions.
     """
-    source = _without_comments(source)
-    module, functions = _functions(source)
+    module, function = _find(source, entry)
+    return _kernel(function, module)
+
+
+def entry_body(source: str, entry: str | None = None) -> str:
+    """The statements of one entry as text, without comments."""
+    return _find(source, entry)[1].body
+
+
+def entry_lines(source: str, entry: str | None = None) -> range:
+    """The numbers of the lines that hold its statements, from 1."""
+    function = _find(source, entry)[1]
+    return range(function.line, function.line + function.body.count("\n") + 1)
+
+
+def _find(source: str, entry: str | None) -> tuple[str, _Function]:
+    """The module around its functions, and the entry."""
+    module, functions = _functions(_without_comments(source))
     entries = {f.name: f for f in functions if f.kind == "entry"}
     if entry is None and len(entries) != 1:
         raise Unsupported(f"the module has {len(entries)} entries ({', '.join(entries)}); name one")
     if entry is not None and entry not in entries:
         raise Unsupported(f"no entry {entry}; the module has {', '.join(entries)}")
-    function = entries[entry] if entry is not None else next(iter(entries.values()))
-    return _kernel(function, module)
+    return module, entries[entry] if entry is not None else next(iter(entries.values()))
 
 
 @dataclass(frozen=True)
@@ -176,9 +191,10 @@ def _instructions(
             labels[text[:-1]] = len(instructions)
         elif text.startswith(".reg"):
             type_name, names = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text).groups()
-            if type_name == "b128":
-                raise Unsupported(f"line {line}: {text}: 128-bit registers are not simulated")
-            operands.declare(type_name, names)
+            try:
+                operands.declare(type_name, names)
+            except Unsupported as error:
+                raise Unsupported(f"line {line}: {text}: {error}") from None
         elif text.startswith("."):
             if text.startswith(".param"):
                 raise Unsupported(f"line {line}: {text}: calls are not simulated; inline them")
