@@ -129,7 +129,7 @@ def mezo_step(
     torch.manual_seed(seed)
     for parameter in tuned:
         parameter.data = parameter.data - lr * (projected_grad * _noise(parameter))
-    return StepResult((loss_plus.item(),), (loss_minus.item(),), (projected_grad,), applied=True)
+    return StepResult([loss_plus.item(), loss_minus.item(), projected_grad, True])
 
 
 def _perturb(parameters: Sequence[nn.Parameter], seed: int, scale: int, eps: float) -> None:

@@ -16,7 +16,6 @@ namespace dlzo::DLZO_ISA {
 constexpr int kPairs = kWidth / (2 * kLanes);  // pairs of vectors that hold them
 constexpr int kBlock = 64;                     // terms per lane summed in float32
 constexpr int kPivotRows = 16;                 // rows of a channel whose mean is its pivot
-constexpr float kLargest = 0x1p30f, kSmallest = 0x1p-20f;  // beyond these fourth powers overflow
 
 // Largest |x| by its bits, which order as the values do, a NaN above infinity.
 template <int64_t size>
@@ -155,20 +154,6 @@ DLZO_INLINE int32_t find_row(const char* x, int64_t step, const LaneSums& sums, 
     memcpy(&raw, x + row * step + lane * size_of(dtype), sizeof raw);
     if ((raw & M::kMask) == sums.largest[lane]) return row;
   }
-}
-
-// Whether d about the pivot loses digits: its mean is more than half a standard deviation off.
-DLZO_INLINE bool is_poor(double count, const double (&s)[4]) {
-  return 5 * s[0] * s[0] > count * s[1];
-}
-
-// The power of two that brings |x| up to `largest` near 1, or 1 where the powers fit as they are.
-DLZO_INLINE double scale_for(float largest) {
-  const bool fits = largest >= kSmallest && largest <= kLargest;
-  if (fits || largest == 0 || !(largest <= 0x1.fffffep127f)) return 1;
-  int exponent;
-  (void)__builtin_frexp((double)largest, &exponent);
-  return __builtin_ldexp(1.0, -exponent);
 }
 
 // Each lane's mean of the first rows, which equals a constant exactly.

@@ -2,9 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cpu.h"
 #include "dispatch.h"
+#include "gpu.h"
 #include "parallel.h"
+#if defined(DLZO_CUDA)
+#include "cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace dlzo;
@@ -18,6 +24,85 @@ View view(const Tensor& tensor) {
   return {reinterpret_cast<char*>(std::get<0>(tensor)), static_cast<DType>(std::get<1>(tensor)),
           std::get<2>(tensor)};
 }
+
+StatsOut stats_out(const std::array<uintptr_t, 5>& out) {
+  return {reinterpret_cast<float*>(out[0]), reinterpret_cast<int64_t*>(out[1]),
+          reinterpret_cast<double*>(out[2]), reinterpret_cast<double*>(out[3]),
+          reinterpret_cast<double*>(out[4])};
+}
+
+// The fields of Part in dlzo_kernels/ops/_parts.py.
+using Part = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                        uint64_t, int64_t, uint32_t>;
+
+std::vector<gpu::Part> gpu_parts(const std::vector<Part>& parts) {
+  std::vector<gpu::Part> result;
+  for (const auto& [out, base, rows, columns, out_row, out_column, base_row, base_column, offset,
+                    row_stride, stream] : parts)
+    result.push_back({reinterpret_cast<char*>(out), reinterpret_cast<const char*>(base), rows,
+                      columns, out_row, out_column, base_row, base_column, offset, row_stride,
+                      stream, 0, 0});
+  return result;
+}
+
+// The fields of Directions in dlzo_kernels/ops/_parts.py.
+using Directions = std::tuple<int32_t, uint64_t, uint32_t, float, uintptr_t, uintptr_t, uintptr_t>;
+
+gpu::Directions gpu_directions(const Directions& directions) {
+  const auto& [count, seed, query, scale, seeds, queries, scales] = directions;
+  return {reinterpret_cast<const uint64_t*>(seeds),
+          reinterpret_cast<const uint32_t*>(queries),
+          reinterpret_cast<const float*>(scales),
+          gpu::make_keys(seed),
+          query,
+          scale,
+          count};
+}
+
+DType dtype_of(int code) { return static_cast<DType>(code); }
+
+void bind_gpu(py::module_ module) {
+  py::class_<gpu::Launch>(module, "Launch")
+      .def_readonly("kernel", &gpu::Launch::kernel)
+      .def_readonly("blocks", &gpu::Launch::blocks)
+      .def_property_readonly("argument",
+                             [](const gpu::Launch& launch) { return py::bytes(launch.argument); });
+  module.attr("THREADS") = gpu::kThreads;
+  module.attr("PARTIAL_BYTES") = sizeof(Moments);
+  module.def("gaussian", [](int out, const std::vector<Part>& parts, const Directions& directions) {
+    return gpu::gaussian(dtype_of(out), gpu_parts(parts), gpu_directions(directions));
+  });
+  module.def("perturb", [](int out, int base, const std::vector<Part>& parts,
+                           const Directions& directions) {
+    return gpu::perturb(dtype_of(out), dtype_of(base), gpu_parts(parts),
+                        gpu_directions(directions));
+  });
+  module.def("accumulate", [](int out, int base, bool writes_out, const std::vector<Part>& parts,
+                              const Directions& directions, uintptr_t gate) {
+    return gpu::accumulate(dtype_of(out), dtype_of(base), writes_out, gpu_parts(parts),
+                           gpu_directions(directions), reinterpret_cast<const int32_t*>(gate));
+  });
+  module.def("partials", [](int64_t rows, int64_t channels, int reduction) {
+    return gpu::partials(rows, channels, static_cast<Reduction>(reduction));
+  });
+  module.def("activation_stats", [](uintptr_t x, int dtype, int64_t rows, int64_t channels,
+                                    int reduction, const std::array<uintptr_t, 5>& out,
+                                    uintptr_t workspace) {
+    return gpu::activation_stats(reinterpret_cast<const char*>(x), dtype_of(dtype), rows, channels,
+                                 static_cast<Reduction>(reduction), stats_out(out),
+                                 reinterpret_cast<Moments*>(workspace));
+  });
+}
+
+#if defined(DLZO_CUDA)
+void bind_cuda(py::module_ module) {
+  module.attr("ARCHITECTURES") = DLZO_CUDA;
+  module.def("launch", [](const std::vector<gpu::Launch>& launches, uintptr_t stream) {
+    gpu::launch(launches, reinterpret_cast<void*>(stream));
+  });
+  module.def("why_no_device", &gpu::why_no_device);
+}
+#endif
 
 }  // namespace
 
@@ -54,12 +139,8 @@ PYBIND11_MODULE(_C, module) {
       "activation_stats",
       [](uintptr_t x, int dtype, int64_t rows, int64_t channels, int reduction,
          std::array<uintptr_t, 5> out, int threads) {
-        activation_stats(reinterpret_cast<const char*>(x), static_cast<DType>(dtype), rows,
-                         channels, static_cast<Reduction>(reduction),
-                         {reinterpret_cast<float*>(out[0]), reinterpret_cast<int64_t*>(out[1]),
-                          reinterpret_cast<double*>(out[2]), reinterpret_cast<double*>(out[3]),
-                          reinterpret_cast<double*>(out[4])},
-                         threads);
+        activation_stats(reinterpret_cast<const char*>(x), dtype_of(dtype), rows, channels,
+                         static_cast<Reduction>(reduction), stats_out(out), threads);
       },
       unlocked);
   module.def("isas", [] {
@@ -70,4 +151,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("select_isa", &select_isa);
   module.def("selected_isa", &selected_isa);
   module.def("thread_pool", &thread_pool);
+  bind_gpu(module.def_submodule("gpu", "Plans of kernel launches."));
+#if defined(DLZO_CUDA)
+  bind_cuda(module.def_submodule("cuda", "The CUDA column."));
+#endif
 }

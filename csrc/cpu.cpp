@@ -125,16 +125,6 @@ void column_moments(const char* x, DType dtype, int64_t rows, int64_t channels, 
   }
 }
 
-// The kurtosis of a constant is not a number.
-void write(const StatsOut& out, int64_t i, const Moments& m) {
-  const double n = static_cast<double>(m.count);
-  out.absmax[i] = m.absmax;
-  out.argmax[i] = m.argmax;
-  out.mean[i] = m.mean;
-  out.variance[i] = m.m2 / n;
-  out.kurtosis[i] = n * m.m4 / (m.m2 * m.m2);
-}
-
 }  // namespace
 
 void gaussian(const View& out, const Numbering& numbering, Direction direction, int threads) {

@@ -32,16 +32,8 @@ void accumulate(const View& out, const View& base, const Numbering& numbering,
                 const std::vector<Direction>& directions, const std::vector<float>& scales,
                 int threads);
 
-enum class Reduction : int { kTensor = 0, kChannel = 1, kToken = 2 };
-
-// One array per statistic: of length 1, `channels` or `rows`.
-struct StatsOut {
-  float* absmax;
-  int64_t* argmax;
-  double *mean, *variance, *kurtosis;
-};
-
-// Statistics of a contiguous (rows, channels) matrix: over all of it, or along one side.
+// Statistics of a contiguous (rows, channels) matrix: over all of it, or along one side; `out` has
+// arrays of length 1, `channels` or `rows`.
 void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels,
                       Reduction reduction, const StatsOut& out, int threads);
 

@@ -2,9 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#include "simd.h"
+#include <cmath>
+
+#include "both.h"
 
 namespace dlzo {
+
+constexpr float kLargest = 0x1p30f, kSmallest = 0x1p-20f;  // beyond these fourth powers overflow
 
 struct Moments {
   int64_t count, argmax;  // argmax: the first position of the largest |x|
@@ -13,7 +17,7 @@ struct Moments {
 };
 
 // From power sums s[k - 1] of d^k with d = x - pivot.
-DLZO_INLINE Moments central(int64_t count, const double (&s)[4], double pivot) {
+DLZO_BOTH Moments central(int64_t count, const double (&s)[4], double pivot) {
   const double n = (double)count, m = s[0] / n;
   const double m2 = s[1] - m * s[0];
   const double m4 = s[3] - 4 * m * s[2] + 6 * m * m * s[1] - 3 * m * m * m * s[0];
@@ -27,7 +31,7 @@ DLZO_INLINE Moments central(int64_t count, const double (&s)[4], double pivot) {
 }
 
 // The moments of scale * x.
-DLZO_INLINE Moments rescale(Moments x, double scale) {
+DLZO_BOTH Moments rescale(Moments x, double scale) {
   x.mean *= scale;
   x.m2 *= scale * scale;
   x.m3 *= scale * scale * scale;
@@ -35,8 +39,22 @@ DLZO_INLINE Moments rescale(Moments x, double scale) {
   return x;
 }
 
+// Whether d about the pivot loses digits: its mean is more than half a standard deviation off.
+DLZO_BOTH bool is_poor(double count, const double (&s)[4]) {
+  return 5 * s[0] * s[0] > count * s[1];
+}
+
+// The power of two that brings |x| up to `largest` near 1, or 1 where the powers fit as they are.
+DLZO_BOTH double scale_for(float largest) {
+  const bool fits = largest >= kSmallest && largest <= kLargest;
+  if (fits || largest == 0 || !(largest <= 0x1.fffffep127f)) return 1;
+  int exponent;
+  (void)frexp((double)largest, &exponent);
+  return ldexp(1.0, -exponent);
+}
+
 // The union of a and b, b's positions counted from `offset` (Pebay, SAND2008-6212, eq. 3.1).
-DLZO_INLINE Moments combine(const Moments& a, const Moments& b, int64_t offset) {
+DLZO_BOTH Moments combine(const Moments& a, const Moments& b, int64_t offset) {
   if (a.count == 0) {
     Moments first = b;
     first.argmax += offset;
@@ -53,11 +71,32 @@ DLZO_INLINE Moments combine(const Moments& a, const Moments& b, int64_t offset) 
             6 * step * step * (na * na * b.m2 + nb * nb * a.m2) +
             4 * step * (na * b.m3 - nb * a.m3);
   const bool a_is_nan = a.absmax != a.absmax, b_is_nan = b.absmax != b.absmax;
-  if (!a_is_nan && (b_is_nan || b.absmax > a.absmax)) {
+  const bool larger = !a_is_nan && (b_is_nan || b.absmax > a.absmax);
+  const bool same = (a_is_nan && b_is_nan) || a.absmax == b.absmax;
+  if (larger || (same && b.argmax + offset < a.argmax)) {
     both.absmax = b.absmax;
     both.argmax = b.argmax + offset;
   }
   return both;
+}
+
+enum class Reduction : int { kTensor = 0, kChannel = 1, kToken = 2 };
+
+// One array per statistic.
+struct StatsOut {
+  float* absmax;
+  int64_t* argmax;
+  double *mean, *variance, *kurtosis;
+};
+
+// The kurtosis of a constant is not a number.
+DLZO_BOTH void write(const StatsOut& out, int64_t i, const Moments& m) {
+  const double n = (double)m.count;
+  out.absmax[i] = m.absmax;
+  out.argmax[i] = m.argmax;
+  out.mean[i] = m.mean;
+  out.variance[i] = m.m2 / n;
+  out.kurtosis[i] = n * m.m4 / (m.m2 * m.m2);
 }
 
 }  // namespace dlzo

@@ -1,14 +1,7 @@
 // Storage types: how float32 values lie in memory, and the one rounding rule of each.
 #pragma once
+#include "dtype.h"
 #include "simd.h"
-
-namespace dlzo {
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-DLZO_INLINE constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-}  // namespace dlzo
 
 namespace dlzo::DLZO_ISA {
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 from dlzo_kernels import _C
+from dlzo_kernels.ops import _gpu
 
 
 class Backend(NamedTuple):
@@ -22,15 +24,9 @@ class Backend(NamedTuple):
 def backends() -> list[Backend]:
     """Every backend this version knows, the CPU's ISAs first."""
     cpu = [Backend(f"cpu/{name}", built, runs, why) for name, built, runs, why in _C.isas()]
-    return [*cpu, _cuda(), _triton()]
-
-
-def _cuda() -> Backend:
-    return Backend("cuda", False, False, "this version has no CUDA kernels")
-
-
-def _triton() -> Backend:
-    return Backend("triton", False, False, "this version has no Triton kernels")
+    built = {"cuda": hasattr(_C, "cuda"), "triton": find_spec("triton") is not None}
+    reasons = {name: _gpu.why_not(name) for name in _gpu.COLUMNS}
+    return [*cpu, *(Backend(name, built[name], not why, why) for name, why in reasons.items())]
 
 
 def report() -> str:
@@ -44,6 +40,8 @@ def report() -> str:
     ]
     for backend in backends():
         built = "built" if backend.built else "not built"
+        if backend.name == "cuda" and backend.built:
+            built += f" for sm {_C.cuda.ARCHITECTURES}"
         runs = "runs here" if backend.runs else f"does not run here: {backend.reason}"
         lines.append(f"  {backend.name:13} {built:10} {runs}")
     return "\n".join(lines)

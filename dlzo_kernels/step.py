@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import TypedDict, overload
 
@@ -17,31 +18,67 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dlzo_kernels.ops._common import check_range, check_writable, overlap
-from dlzo_kernels.ops.accumulate import accumulate_
-from dlzo_kernels.ops.perturb import perturb_into
+from dlzo_kernels.ops._common import (
+    check_device_numbers,
+    check_range,
+    check_writable,
+    overlap,
+)
+from dlzo_kernels.ops._parts import Operand
+from dlzo_kernels.ops.accumulate import accumulate_layer, check_directions
+from dlzo_kernels.ops.perturb import perturb_layer
 
 Layer = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 Loss = float | Tensor
 
-_CHUNK = 1 << 16  # elements compared at a time: the step's only scratch memory
+# Elements compared at a time, the step's only scratch memory; a GPU waits after each.
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
-@dataclass(frozen=True)
 class StepResult:
     """What a step saw and did.
 
-    Attributes:
-        losses_plus: loss at master + eps z, one per direction.
-        losses_minus: loss at master - eps z, one per direction.
-        projected_grads: (loss_plus - loss_minus) / (2 eps), one per direction.
-        applied: False where a number was not finite: then the weights are as they were.
+    A step on a GPU does not wait for its losses: the first look at any of these does.
     """
 
-    losses_plus: tuple[float, ...]
-    losses_minus: tuple[float, ...]
-    projected_grads: tuple[float, ...]
-    applied: bool
+    def __init__(self, numbers: Sequence[float] | Tensor) -> None:
+        """The losses at plus, those at minus, the projected gradients, and whether applied."""
+        self._numbers = numbers
+
+    @cached_property
+    def _read(self) -> list[float]:
+        numbers = self._numbers
+        return numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return self._read == other._read if isinstance(other, StepResult) else NotImplemented
+
+    def __repr__(self) -> str:
+        return (
+            f"StepResult(loss_plus={self.loss_plus}, loss_minus={self.loss_minus}, "
+            f"projected_grad={self.projected_grad}, applied={self.applied})"
+        )
+
+    @property
+    def losses_plus(self) -> tuple[float, ...]:
+        """Loss at master + eps z, one per direction."""
+        return tuple(self._read[: len(self._read) // 3])
+
+    @property
+    def losses_minus(self) -> tuple[float, ...]:
+        """Loss at master - eps z, one per direction."""
+        directions = len(self._read) // 3
+        return tuple(self._read[directions : 2 * directions])
+
+    @property
+    def projected_grads(self) -> tuple[float, ...]:
+        """(loss_plus - loss_minus) / (2 eps), one per direction."""
+        return tuple(self._read[2 * (len(self._read) // 3) : -1])
+
+    @property
+    def applied(self) -> bool:
+        """False where a number was not finite: then the weights are as they were."""
+        return bool(self._read[-1])
 
     @property
     def loss_plus(self) -> float:
@@ -60,11 +97,13 @@ class StepResult:
 
 
 @overload
-def zo_step(layer: Layer, seed: int, eps: float, lr: float, *, directions: int = 1) -> ZOStep: ...
+def zo_step(
+    layer: Layer, seed: int | Tensor, eps: float, lr: float, *, directions: int = 1
+) -> ZOStep: ...
 @overload
 def zo_step(
     layer: Layer,
-    seed: int,
+    seed: int | Tensor,
     eps: float,
     lr: float,
     *,
@@ -73,7 +112,7 @@ def zo_step(
 ) -> StepResult: ...
 def zo_step(
     layer: Layer,
-    seed: int,
+    seed: int | Tensor,
     eps: float,
     lr: float,
     *,
@@ -90,11 +129,15 @@ def zo_step(
     Whatever ends an evaluation early (an exception, Ctrl-C, a loss that is not finite) leaves the
     weights exactly as they were. No global random state is touched.
 
+    Where the layer is on a GPU and the losses are tensors there, nothing waits for the device
+    between the evaluations and the update: the projected gradient is computed there. Inside a CUDA
+    graph, open the step before the capture and give a seed in device memory, to replay with others.
+
     Args:
         layer: a module (its parameters that require grad are tuned), a tensor, or an iterable of
             both. z of the parameter with ordinal i among all parameters has stream i. Of a DTensor,
             each process moves its own shard, by its part of the full tensor's z.
-        seed: of z, in [0, 2^64).
+        seed: of z, in [0, 2^64); or one int64 in the layer's memory, whose bits it is.
         eps: size of the perturbation, > 0.
         lr: step size, >= 0.
         closure: returns the loss of the current weights (a float or a 0-d tensor); called under
@@ -117,8 +160,11 @@ def zo_step(
 class ZOStep:
     """An open step: see `zo_step`, which makes it."""
 
-    def __init__(self, layer: Layer, seed: int, eps: float, lr: float, directions: int = 1) -> None:
-        check_range("seed", seed, 1 << 64)
+    def __init__(
+        self, layer: Layer, seed: int | Tensor, eps: float, lr: float, directions: int = 1
+    ) -> None:
+        if not isinstance(seed, Tensor):
+            check_range("seed", seed, 1 << 64)
         if not (math.isfinite(eps) and 1e-37 < eps < 1e37):
             raise ValueError(f"eps must be finite and > 0, not {eps}")
         if not (math.isfinite(lr) and lr >= 0):
@@ -127,6 +173,9 @@ class ZOStep:
             raise ValueError(f"directions must be at least 1, not {directions}")
         self._seed, self._eps, self._lr, self._directions = seed, eps, lr, directions
         self._tuned = _adopted(layer)
+        self._operands = [t.operand for t in self._tuned]
+        for operand in self._operands:
+            check_device_numbers("seed", seed, torch.int64, 1, operand.out.device)
         self._taken = False
 
     @contextmanager
@@ -162,7 +211,7 @@ class ZOStep:
         if self._taken:
             raise RuntimeError("this step was taken already; make another with zo_step")
         self._refuse_if_perturbed()
-        plus, minus = _as_floats(loss_plus), _as_floats(loss_minus)
+        plus, minus = _as_list(loss_plus), _as_list(loss_minus)
         if not len(plus) == len(minus) == self._directions:
             raise ValueError(
                 f"{len(plus)} and {len(minus)} losses for {self._directions} directions: "
@@ -177,9 +226,9 @@ class ZOStep:
             with torch.no_grad():
                 for direction in range(self._directions):
                     self._write(self._eps, direction)
-                    plus.append(float(closure()))
+                    plus.append(_kept(closure()))
                     self._write(-self._eps, direction)
-                    minus.append(float(closure()))
+                    minus.append(_kept(closure()))
         except BaseException:
             self._restore()
             raise
@@ -205,19 +254,23 @@ class ZOStep:
         with _uninterrupted():
             for t in self._tuned:
                 t.entry.perturbed = True
-                perturb_into(
-                    t.live, t.entry.master, self._seed, scale, query=direction, **t.numbering
-                )
+            perturb_layer(self._operands, self._seed, scale, direction)
 
     def _restore(self) -> None:
-        with _uninterrupted():
-            for t in self._tuned:
-                t.live.detach().copy_(t.entry.master)
-                t.entry.release(t.live)
+        _accumulate(self._tuned, [], [], [])
 
     def _finish(
-        self, plus: list[float], minus: list[float], max_loss: float = math.inf
+        self, plus: list[Loss], minus: list[Loss], max_loss: float = math.inf
     ) -> StepResult:
+        self._taken = True
+        devices = {operand.out.device for operand in self._operands}
+        if all(isinstance(loss, Tensor) and {loss.device} == devices for loss in (*plus, *minus)):
+            (device,) = devices
+            if device.type == "cuda":
+                return self._finish_on(device, torch.stack(plus), torch.stack(minus), max_loss)
+        return self._finish_here([*map(float, plus)], [*map(float, minus)], max_loss)
+
+    def _finish_here(self, plus: list[float], minus: list[float], max_loss: float) -> StepResult:
         grads = [(p - m) / (2 * self._eps) for p, m in zip(plus, minus, strict=True)]
         scales = update_scales(self._lr, grads)
         applied = all(math.isfinite(loss) and loss <= max_loss for loss in (*plus, *minus)) and all(
@@ -225,11 +278,30 @@ class ZOStep:
         )
         # A product of zero and z could still turn -0.0 into 0.0.
         if applied and any(scales):
-            _accumulate(self._tuned, [self._seed] * len(scales), scales, range(len(scales)))
+            _accumulate(self._tuned, self._seeds(), scales, range(len(scales)))
         else:
             self._restore()
-        self._taken = True
-        return StepResult(tuple(plus), tuple(minus), tuple(grads), applied)
+        return StepResult([*plus, *minus, *grads, applied])
+
+    def _finish_on(
+        self, device: torch.device, plus: Tensor, minus: Tensor, max_loss: float
+    ) -> StepResult:
+        """As _finish_here, to the bit, without waiting for the device."""
+        losses = torch.stack([plus, minus]).double()
+        # torch multiplies by the reciprocal of a number; a tensor divides.
+        twice_eps = torch.full((), 2 * self._eps, dtype=torch.float64, device=device)
+        grads = (losses[0] - losses[1]) / twice_eps
+        scales = grads * (-self._lr / self._directions)
+        applied = (losses.isfinite() & (losses <= max_loss)).all() & (scales.abs() < 3.4e38).all()
+        gate = (applied & (scales != 0).any()).int()
+        queries = range(self._directions)
+        _accumulate(self._tuned, self._seeds(), scales.float(), queries, gate=gate)
+        return StepResult(torch.cat([losses.flatten(), grads, applied.double().view(1)]))
+
+    def _seeds(self) -> Sequence[int] | Tensor:
+        if isinstance(self._seed, Tensor):
+            return self._seed.reshape(1).expand(self._directions).contiguous()
+        return [self._seed] * self._directions
 
 
 def update_scales(lr: float, projected_grads: Sequence[float]) -> list[float]:
@@ -256,20 +328,23 @@ def zo_replay(
         ValueError: lengths differ, a number is out of range, or a parameter cannot be tuned.
         RuntimeError: a step has the layer perturbed.
     """
-    _accumulate(_adopted(layer), seeds, scales, queries)
+    tuned = _adopted(layer)
+    check_directions(seeds, scales, queries, tuned[0].live.device)
+    _accumulate(tuned, seeds, scales, queries)
 
 
 def _accumulate(
-    tuned: Sequence[_Tuned], seeds: Sequence[int], scales: Sequence[float], queries: Sequence[int]
+    tuned: Sequence[_Tuned],
+    seeds: Sequence[int] | Tensor,
+    scales: Sequence[float] | Tensor,
+    queries: Sequence[int],
+    *,
+    gate: Tensor | None = None,
 ) -> None:
+    """Moves the masters along the directions, in order, and makes the live weights theirs."""
     with _uninterrupted():
+        accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
         for t in tuned:
-            arguments = {"query": queries, **t.numbering}
-            if t.live.dtype is torch.float32:
-                accumulate_(t.entry.master, seeds, scales, **arguments)
-                t.live.detach().copy_(t.entry.master)
-            else:
-                accumulate_(t.entry.master, seeds, scales, **arguments, out=t.live)
             t.entry.release(t.live)
 
 
@@ -312,6 +387,10 @@ class _Tuned:
     live: Tensor
     numbering: _Numbering
     entry: _Entry
+
+    @property
+    def operand(self) -> Operand:
+        return Operand(self.live.detach(), self.entry.master, **self.numbering)
 
 
 _Key = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
@@ -430,7 +509,7 @@ def _chunks(live: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         live, master = live.view(-1), master.view(-1)
     if live.numel() == 0 or live.dim() == 0:
         return iter([(live, master)])
-    rows = max(1, _CHUNK * live.shape[0] // live.numel())
+    rows = max(1, _CHUNK[live.device.type] * live.shape[0] // live.numel())
     return zip(live.split(rows), master.split(rows), strict=True)
 
 
@@ -443,8 +522,13 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _as_floats(losses: Loss | Sequence[Loss]) -> list[float]:
-    return [float(loss) for loss in losses] if isinstance(losses, Sequence) else [float(losses)]
+def _as_list(losses: Loss | Sequence[Loss]) -> list[Loss]:
+    return list(losses) if isinstance(losses, Sequence) else [losses]
+
+
+def _kept(loss: Loss) -> Loss:
+    """A number, or a copy on its GPU that the next evaluation cannot overwrite."""
+    return loss.detach().clone() if isinstance(loss, Tensor) and loss.is_cuda else float(loss)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_not_applied(dtype, bad, phase):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, number):
-    from dlzo_kernels import step as module
+    from dlzo_kernels.ops import perturb as module
 
     before_signal = signal.signal(number, signal.default_int_handler)
     layer, before, written = layer_of(), copies(layer_of()), []
@@ -196,10 +197,10 @@ def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, n
     def interrupted(*arguments, **numbers):
         os.kill(os.getpid(), number)
         written.append(1)
-        return perturb_into(*arguments, **numbers)
+        return real(*arguments, **numbers)
 
-    perturb_into = module.perturb_into
-    monkeypatch.setattr(module, "perturb_into", interrupted)
+    real = module._perturb_cpu
+    monkeypatch.setattr(module, "_perturb_cpu", interrupted)
     with pytest.raises(KeyboardInterrupt):
         zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: 0.0)
     signal.signal(number, before_signal)
@@ -208,10 +209,10 @@ def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, n
 
 
 def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
-    from dlzo_kernels import step as module
+    from dlzo_kernels.ops import perturb as module
 
     layer, before = layer_of(), copies(layer_of())
-    real, calls = module.perturb_into, []
+    real, calls = module._perturb_cpu, []
 
     def failing(*arguments, **numbers):
         calls.append(1)
@@ -219,7 +220,7 @@ def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
             raise MemoryError
         return real(*arguments, **numbers)
 
-    monkeypatch.setattr(module, "perturb_into", failing)
+    monkeypatch.setattr(module, "_perturb_cpu", failing)
     with pytest.raises(MemoryError):
         zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: 0.0)
     assert_untouched(layer, before)
@@ -229,14 +230,14 @@ def test_the_layer_is_passed_over_three_times(monkeypatch):
     from dlzo_kernels import step as module
 
     passes = []
-    for name in ("perturb_into", "accumulate_"):
+    for name in ("perturb_layer", "accumulate_layer"):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, real=real, name=name, **k: passes.append(name) or real(*a, **k)
         )
     w = torch.ones(10, dtype=torch.bfloat16)
     zo_step(w, 1, 0.1, 1e-3, closure=lambda: w.float().sum())
-    assert passes == ["perturb_into", "perturb_into", "accumulate_"]
+    assert passes == ["perturb_layer", "perturb_layer", "accumulate_layer"]
 
 
 def test_no_random_state_is_touched_and_grad_is_off():
@@ -460,3 +461,32 @@ def test_a_loss_above_the_limit_moves_nothing():
     assert result.losses_minus == (5.0,)
     assert_untouched(layer, before)
     assert zo_step(layer, 1, 1e-2, 1e-2).update(3.0, 5.0, max_loss=5.0).applied
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, 99.0])
+@pytest.mark.parametrize("lr", [0.0, 1e-2])
+def test_an_update_from_losses_on_the_device_has_the_bits_of_one_from_numbers(directions, bad, lr):
+    generator = torch.Generator().manual_seed(directions)
+    plus, minus = torch.rand(2, directions, generator=generator)
+    if bad is not None:
+        minus[-1] = bad
+    here, there = layer_of(torch.bfloat16), layer_of(torch.bfloat16)
+    seed = 2**63 + 5
+    steps = [zo_step(layer, seed, 1e-3, lr, directions=directions) for layer in (here, there)]
+    expected = steps[0].update(plus.tolist(), minus.tolist(), max_loss=50.0)
+    got = steps[1]._finish_on(torch.device("cpu"), plus, minus, 50.0)
+    assert got.applied == expected.applied == (bad is None)
+    if bad is None or bad == 99.0:
+        assert got == expected
+    assert_untouched(there, copies(here))
+
+
+def test_a_seed_in_memory_is_the_same_as_the_number():
+    here, there = layer_of(), layer_of()
+    results = [
+        zo_step(layer, seed, 1e-2, 1e-2, closure=lambda layer=layer: loss_of(layer))
+        for layer, seed in ((here, 2**64 - 7), (there, torch.tensor(-7)))
+    ]
+    assert results[0] == results[1]
+    assert_untouched(there, copies(here))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dlzo_kernels.ops import _gpu
+
 LIBRARY = torch.library.Library("dlzo", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -35,10 +37,16 @@ def check_range(name: str, value: int, limit: int) -> None:
 
 
 def check_noise(
-    shape: Sequence[int], seed: int, stream: int, offset: int, query: int, row_stride: int | None
+    shape: Sequence[int],
+    seed: int | Tensor,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
 ) -> None:
     """Raises ValueError unless the numbers name elements of a logical tensor of noise v1."""
-    check_range("seed", seed, _U64)
+    if not isinstance(seed, Tensor):
+        check_range("seed", seed, _U64)
     check_range("stream", stream, _U32)
     check_range("query", query, _U32)
     check_range("offset", offset, _U64)
@@ -56,17 +64,37 @@ def check_noise(
         raise ValueError(f"offset {offset} numbers elements beyond 2^64")
 
 
-def check_scale(scale: float) -> None:
-    """Raises ValueError unless scale is finite as a float32."""
-    if not abs(scale) <= 3.4028234663852886e38:
+def check_scale(scale: float | Tensor) -> None:
+    """Raises ValueError unless scale is finite as a float32, or lies in device memory."""
+    if not isinstance(scale, Tensor) and not abs(scale) <= 3.4028234663852886e38:
         raise ValueError(f"scale must be finite in float32, not {scale}")
+
+
+def check_device_numbers(
+    name: str, numbers: object, dtype: torch.dtype, count: int, device: torch.device
+) -> None:
+    """Raises unless numbers that are given as a tensor are `count` of the dtype on the device."""
+    if not isinstance(numbers, Tensor):
+        return
+    if torch.compiler.is_compiling():
+        raise TypeError(f"{name} is a tensor; under torch.compile give a number")
+    if numbers.dtype is not dtype or numbers.numel() != count or not numbers.is_contiguous():
+        raise TypeError(
+            f"{name} is a tensor of {numbers.numel()} {numbers.dtype}; "
+            f"give {count} {dtype} side by side"
+        )
+    if numbers.device != device:
+        raise ValueError(f"{name} is on {numbers.device} and the weights on {device}; move it")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raises TypeError or ValueError unless a kernel can work on the tensor."""
-    if not tensor.is_cpu:
+    if tensor.is_cuda:
+        _gpu.selected()
+    elif not tensor.is_cpu:
         raise NotImplementedError(
-            f"{name} is on {tensor.device}, for which no kernel was built; move it to the CPU"
+            f"{name} is on {tensor.device}, for which there is no kernel; "
+            "move it to the CPU or a CUDA device"
         )
     if tensor.dtype not in DTYPE_CODES:
         raise TypeError(
@@ -90,6 +118,12 @@ def check_writable(name: str, tensor: Tensor) -> None:
                 f"elements of {name} share memory (strides {tensor.stride()}); clone it"
             )
         extent += stride * (size - 1)
+
+
+def check_same_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    """Raises ValueError unless the tensor is on the device, which is that of `other`."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and {other} on {device}; move one of them")
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
@@ -138,6 +172,11 @@ def to_signed(value: int) -> int:
 def to_unsigned(value: int) -> int:
     """The inverse of to_signed."""
     return value % _U64
+
+
+def seed_of(seed: int | Tensor) -> int | Tensor:
+    """A seed as an unsigned number, unless it lies in device memory."""
+    return seed if isinstance(seed, Tensor) else to_unsigned(seed)
 
 
 def threads() -> int:

@@ -1,13 +1,68 @@
-"""What a GPU kernel works on: tensors cut into matrices, many of them in one launch."""
+"""What kernels work on: the tensors of a layer, cut into matrices for a GPU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class Operand(NamedTuple):
+    """A tensor of a layer and the noise that belongs to it.
+
+    Attributes:
+        out: what is written.
+        base: what is read (or read and written), of out's shape.
+        stream: 32-bit ordinal of the parameter in its layer.
+        offset: index of the first element in the full tensor, in [0, 2^64).
+        row_stride: columns of the full tensor, where out is a column shard of it.
+    """
+
+    out: Tensor
+    base: Tensor
+    stream: int
+    offset: int
+    row_stride: int | None
+
+
+Kind = tuple[torch.device, torch.dtype, torch.dtype]
+
+
+def by_kind(operands: Iterable[Operand]) -> dict[Kind, list[Operand]]:
+    """The operands that one kernel can take together: same device, dtypes of out and base."""
+    kinds: dict[Kind, list[Operand]] = {}
+    for operand in operands:
+        kind = operand.out.device, operand.out.dtype, operand.base.dtype
+        kinds.setdefault(kind, []).append(operand)
+    return kinds
+
+
+class Directions(NamedTuple):
+    """K directions of noise and their scales, as a GPU kernel takes them.
+
+    What is given by value is one number for all; an address that is not 0 wins over it.
+
+    Attributes:
+        count: K.
+        seed: in [0, 2^64).
+        query: 32-bit number of the direction.
+        scale: rounded to float32.
+        seeds: address of K 64-bit integers.
+        queries: address of K 32-bit integers.
+        scales: address of K float32 numbers.
+    """
+
+    count: int
+    seed: int = 0
+    query: int = 0
+    scale: float = 0.0
+    seeds: int = 0
+    queries: int = 0
+    scales: int = 0
 
 
 class Part(NamedTuple):
@@ -40,10 +95,14 @@ class Part(NamedTuple):
     stream: int
 
 
-def parts_of(
-    out: Tensor, base: Tensor, *, stream: int, offset: int, row_stride: int | None
-) -> Iterator[Part]:
-    """The fewest matrices that cover two tensors of one shape, in the order of their elements."""
+def parts_of(operands: Iterable[Operand]) -> list[Part]:
+    """The matrices of all operands, one operand after the other."""
+    return [part for operand in operands for part in _parts_of(operand)]
+
+
+def _parts_of(operand: Operand) -> Iterator[Part]:
+    """The fewest matrices that cover an operand, in the order of its elements."""
+    out, base, stream, offset, row_stride = operand
     if out.numel() == 0:
         return
     dimensions = _merged(out, base, row_stride)
@@ -80,10 +139,8 @@ def _merged(out: Tensor, base: Tensor, row_stride: int | None) -> list[_Dimensio
         size = out.shape[axis]
         if size == 1 and axis < out.dim() - 1:
             continue
-        if axis == out.dim() - 1:
-            logical = 1
-        else:
-            logical = math.prod(out.shape[axis + 1 : -1]) * last_row
+        last = axis == out.dim() - 1
+        logical = 1 if last else math.prod(out.shape[axis + 1 : -1]) * last_row
         steps = (out.stride(axis), base.stride(axis), logical)
         before = merged[-1]
         if all(b == s * size for b, s in zip(before[1:], steps, strict=True)):

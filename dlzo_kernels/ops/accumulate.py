@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
+from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
+    DTYPE_CODES,
     LIBRARY,
     NO_TENSOR,
+    check_device_numbers,
     check_noise,
     check_range,
+    check_same_device,
     check_scale,
     check_writable,
     is_eager,
@@ -26,6 +30,7 @@ from dlzo_kernels.ops._common import (
     to_signed,
     to_unsigned,
 )
+from dlzo_kernels.ops._parts import Directions, Operand, Part, by_kind, parts_of
 
 LIBRARY.define(
     "accumulate_(Tensor(a!) master, int[] seeds, float[] scales, int stream, int offset, "
@@ -35,8 +40,8 @@ LIBRARY.define(
 
 def accumulate_(
     master: Tensor,
-    seeds: Sequence[int],
-    scales: Sequence[float],
+    seeds: Sequence[int] | Tensor,
+    scales: Sequence[float] | Tensor,
     *,
     stream: int = 0,
     offset: int = 0,
@@ -50,8 +55,8 @@ def accumulate_(
 
     Args:
         master: float32, bfloat16 or float16; any shape and strides, empty too.
-        seeds: K 64-bit keys, in [0, 2^64).
-        scales: K numbers, each rounded to float32.
+        seeds: K 64-bit keys, in [0, 2^64); or K int64 in master's memory, whose bits they are.
+        scales: K numbers, each rounded to float32; or K float32 in master's memory.
         stream: 32-bit ordinal of the parameter in its layer.
         offset: index of the first element in the full tensor, 64-bit.
         query: 32-bit number of the direction, one for all or K of them.
@@ -64,21 +69,13 @@ def accumulate_(
     Raises:
         ValueError: lengths or shapes differ, a number is out of range, elements share memory.
         TypeError: a dtype is none of the three, or out is given and master is not float32.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     queries = [query] * len(seeds) if isinstance(query, int) else list(query)
-    if not len(seeds) == len(scales) == len(queries):
-        raise ValueError(
-            f"{len(seeds)} seeds, {len(scales)} scales and {len(queries)} queries: "
-            "give as many of each"
-        )
+    check_directions(seeds, scales, queries, master.device)
     check_noise(master.shape, 0, stream, offset, 0, row_stride)
-    for seed, scale, number in zip(seeds, scales, queries, strict=True):
-        check_range("seed", seed, 1 << 64)
-        check_range("query", number, 1 << 32)
-        check_scale(scale)
     if is_eager(master, *([] if out is None else [out])):
-        _accumulate_cpu(master, seeds, scales, stream, offset, queries, row_stride, out)
+        _accumulate(master, seeds, scales, stream, offset, queries, row_stride, out)
     else:
         signed = [to_signed(seed) for seed in seeds]
         arguments = (signed, list(scales), stream, to_signed(offset), queries, row_stride, out)
@@ -86,10 +83,68 @@ def accumulate_(
     return master
 
 
-def _accumulate_cpu(
+def check_directions(
+    seeds: Sequence[int] | Tensor,
+    scales: Sequence[float] | Tensor,
+    queries: Sequence[int],
+    device: torch.device,
+) -> None:
+    """Raises ValueError or TypeError unless there are as many of each, all in range."""
+    if not len(seeds) == len(scales) == len(queries):
+        raise ValueError(
+            f"{len(seeds)} seeds, {len(scales)} scales and {len(queries)} queries: "
+            "give as many of each"
+        )
+    check_device_numbers("seeds", seeds, torch.int64, len(queries), device)
+    check_device_numbers("scales", scales, torch.float32, len(queries), device)
+    for number in queries:
+        check_range("query", number, 1 << 32)
+    for seed in () if isinstance(seeds, Tensor) else seeds:
+        check_range("seed", seed, 1 << 64)
+    for scale in () if isinstance(scales, Tensor) else scales:
+        check_scale(scale)
+
+
+def accumulate_layer(
+    operands: Sequence[Operand],
+    seeds: Sequence[int] | Tensor,
+    scales: Sequence[float] | Tensor,
+    queries: Sequence[int],
+    *,
+    gate: Tensor | None = None,
+    writes_out: bool = True,
+) -> None:
+    """`accumulate_` for each tensor of a layer; on a GPU, all of one kind in one launch.
+
+    Args:
+        operands: base is the master, out what receives it rounded.
+        seeds: as in `accumulate_`.
+        scales: as in `accumulate_`.
+        queries: K numbers of directions.
+        gate: one int32 in the masters' memory; 0 there leaves them as they are.
+        writes_out: False where no out is written.
+    """
+    for (device, out_dtype, base_dtype), alike in by_kind(operands).items():
+        if device.type == "cpu":
+            count = len(queries) if gate is None or gate.item() else 0
+            unsigned = [to_unsigned(int(seed)) for seed in seeds][:count]
+            numbers = [float(scale) for scale in scales][:count]
+            for operand in alike:
+                _accumulate_cpu(operand, unsigned, numbers, queries[:count], writes_out)
+        else:
+            directions, _kept = _gpu.directions(device, seeds, queries, scales)
+            dtypes = out_dtype, base_dtype
+            _launch(parts_of(alike), *dtypes, writes_out, directions, gate, device)
+        for operand in alike:
+            mark_written(operand.base)
+            if writes_out:
+                mark_written(operand.out)
+
+
+def _accumulate(
     master: Tensor,
-    seeds: Sequence[int],
-    scales: Sequence[float],
+    seeds: Sequence[int] | Tensor,
+    scales: Sequence[float] | Tensor,
     stream: int,
     offset: int,
     query: Sequence[int],
@@ -99,26 +154,57 @@ def _accumulate_cpu(
     check_writable("master", master)
     if out is not None:
         _check_out(master, out)
-    shape = shape_of(master)
-    numbering = (shape, to_unsigned(offset), row_stride_of(shape, row_stride))
-    unsigned = [to_unsigned(seed) for seed in seeds]
+    operand = Operand(
+        master if out is None else out, master, stream, to_unsigned(offset), row_stride
+    )
+    unsigned = seeds if isinstance(seeds, Tensor) else [to_unsigned(seed) for seed in seeds]
+    accumulate_layer([operand], unsigned, scales, query, writes_out=out is not None)
+
+
+def _accumulate_cpu(
+    operand: Operand,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    queries: Sequence[int],
+    writes_out: bool,
+) -> None:
+    out, base, stream, offset, row_stride = operand
+    shape = shape_of(base)
     _C.accumulate(
-        NO_TENSOR if out is None else pack(out),
-        pack(master),
-        *numbering,
-        unsigned,
+        pack(out) if writes_out else NO_TENSOR,
+        pack(base),
+        shape,
+        offset,
+        row_stride_of(shape, row_stride),
+        seeds,
         stream,
-        query,
+        queries,
         scales,
         threads(),
     )
-    mark_written(master)
-    if out is not None:
-        mark_written(out)
+
+
+def _launch(
+    parts: list[Part],
+    out: torch.dtype,
+    base: torch.dtype,
+    writes_out: bool,
+    directions: Directions,
+    gate: Tensor | None,
+    device: torch.device,
+) -> None:
+    gate_at = 0 if gate is None else gate.data_ptr()
+    if _gpu.selected() == "cuda":
+        codes = DTYPE_CODES[out], DTYPE_CODES[base]
+        plan = _C.gpu.accumulate(*codes, writes_out, parts, directions, gate_at)
+        _gpu.launch(plan, device)
+    else:
+        launch_triton(parts, out, base, writes_out, directions, gate_at)
 
 
 def _check_out(master: Tensor, out: Tensor) -> None:
     check_writable("out", out)
+    check_same_device("out", out, "master", master.device)
     if out.shape != master.shape:
         raise ValueError(f"out has shape {tuple(out.shape)} and master {tuple(master.shape)}")
     if master.dtype is not torch.float32:
@@ -128,4 +214,5 @@ def _check_out(master: Tensor, out: Tensor) -> None:
 
 
 register_silent_fake("accumulate_")
-LIBRARY.impl("accumulate_", _accumulate_cpu, "CPU")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("accumulate_", _accumulate, _key)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
+from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import DTYPE_CODES, LIBRARY, check_tensor, is_eager, threads
 
 LIBRARY.define("activation_stats(Tensor x, str per) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -62,7 +63,7 @@ def activation_stats(
     Raises:
         ValueError: x is empty, or `per` is none of the three, or a 0-d x is not per tensor.
         TypeError: the dtype is none of the three.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     if per not in _REDUCTIONS:
         raise ValueError(f"per must be 'tensor', 'channel' or 'token', not {per!r}")
@@ -71,7 +72,7 @@ def activation_stats(
     if x.dim() == 0 and per != "tensor":
         raise ValueError(f"a 0-d x has no {per}s; use per='tensor'")
     if is_eager(x):
-        return ActivationStats._make(_activation_stats_cpu(x, per))
+        return ActivationStats._make(_activation_stats(x, per))
     return ActivationStats._make(torch.ops.dlzo.activation_stats(x, per))
 
 
@@ -80,18 +81,32 @@ def _empty_results(x: Tensor, per: str) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(shape, dtype=dtype) for dtype in _DTYPES)
 
 
-def _activation_stats_cpu(x: Tensor, per: str) -> tuple[Tensor, ...]:
+def _activation_stats(x: Tensor, per: str) -> tuple[Tensor, ...]:
     check_tensor("x", x)
     x = x.contiguous()
-    per_tensor = per == "tensor"
-    results = tuple(map(torch.empty_like, _SCALARS)) if per_tensor else _empty_results(x, per)
+    quick = per == "tensor" and x.is_cpu
+    results = tuple(map(torch.empty_like, _SCALARS)) if quick else _empty_results(x, per)
     channels = x.shape[-1] if x.dim() else 1
     rows = x.numel() // channels
     a, b, c, d, e = results
     pointers = (a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), e.data_ptr())
-    code = DTYPE_CODES[x.dtype]
-    _C.activation_stats(x.data_ptr(), code, rows, channels, _REDUCTIONS[per], pointers, threads())
+    sizes = (rows, channels, _REDUCTIONS[per])
+    if x.is_cuda:
+        _launch(x, sizes, pointers)
+    else:
+        _C.activation_stats(x.data_ptr(), DTYPE_CODES[x.dtype], *sizes, pointers, threads())
     return results
+
+
+def _launch(x: Tensor, sizes: tuple[int, int, int], pointers: tuple[int, ...]) -> None:
+    if _gpu.selected() == "cuda":
+        room = _C.gpu.partials(*sizes) * _C.gpu.PARTIAL_BYTES
+        workspace = x.new_empty(room, dtype=torch.uint8)
+        code = DTYPE_CODES[x.dtype]
+        arguments = (x.data_ptr(), code, *sizes, pointers, workspace.data_ptr())
+        _gpu.launch(_C.gpu.activation_stats(*arguments), x.device)
+    else:
+        launch_triton(x, *sizes, pointers)
 
 
 @torch.library.register_fake("dlzo::activation_stats", lib=LIBRARY)
@@ -99,4 +114,5 @@ def _(x: Tensor, per: str) -> tuple[Tensor, ...]:
     return _empty_results(x, per)
 
 
-LIBRARY.impl("activation_stats", _activation_stats_cpu, "CPU")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("activation_stats", _activation_stats, _key)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
+from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
+    DTYPE_CODES,
     LIBRARY,
     check_noise,
     check_tensor,
@@ -20,6 +22,7 @@ from dlzo_kernels.ops._common import (
     to_signed,
     to_unsigned,
 )
+from dlzo_kernels.ops._parts import Directions, Operand, Part, parts_of
 
 LIBRARY.define(
     "gaussian(int[] shape, int seed, int stream, int offset, int query, int? row_stride, "
@@ -59,18 +62,18 @@ def gaussian(
         A contiguous tensor; |z| <= 6.76 in float32.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or no kernel can run on a GPU here.
         TypeError: the dtype is none of the three.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     shape = tuple(shape)
     check_noise(shape, seed, stream, offset, query, row_stride)
     signed = to_signed(seed), stream, to_signed(offset), query
     arguments = (shape, *signed, row_stride, dtype, torch.device(device))
-    return _gaussian_cpu(*arguments) if is_eager() else torch.ops.dlzo.gaussian(*arguments)
+    return _gaussian(*arguments) if is_eager() else torch.ops.dlzo.gaussian(*arguments)
 
 
-def _gaussian_cpu(
+def _gaussian(
     shape: Sequence[int],
     seed: int,
     stream: int,
@@ -80,13 +83,28 @@ def _gaussian_cpu(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
+    if device.type == "cuda":
+        _gpu.selected()  # before torch complains in its own words
     out = torch.empty(shape, dtype=dtype, device=device)
     check_tensor("the result", out)
+    offset, seed = to_unsigned(offset), to_unsigned(seed)
+    if out.is_cuda:
+        parts = parts_of([Operand(out, out, stream, offset, row_stride)])
+        _launch(parts, dtype, Directions(count=1, seed=seed, query=query), out.device)
+        return out
     sizes = shape_of(out)
     stride = row_stride_of(sizes, row_stride)
-    offset, seed = to_unsigned(offset), to_unsigned(seed)
     _C.gaussian(pack(out), sizes, offset, stride, seed, stream, query, threads())
     return out
+
+
+def _launch(
+    parts: list[Part], dtype: torch.dtype, directions: Directions, device: torch.device
+) -> None:
+    if _gpu.selected() == "cuda":
+        _gpu.launch(_C.gpu.gaussian(DTYPE_CODES[dtype], parts, directions), device)
+    else:
+        launch_triton(parts, dtype, directions)
 
 
 @torch.library.register_fake("dlzo::gaussian", lib=LIBRARY)
@@ -103,4 +121,4 @@ def _(
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-LIBRARY.impl("gaussian", _gaussian_cpu, "CompositeExplicitAutograd")
+LIBRARY.impl("gaussian", _gaussian, "CompositeExplicitAutograd")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
+from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
+    DTYPE_CODES,
     LIBRARY,
+    check_device_numbers,
     check_noise,
+    check_same_device,
     check_scale,
     check_tensor,
     check_writable,
@@ -20,11 +24,13 @@ from dlzo_kernels.ops._common import (
     pack,
     register_silent_fake,
     row_stride_of,
+    seed_of,
     shape_of,
     threads,
     to_signed,
     to_unsigned,
 )
+from dlzo_kernels.ops._parts import Directions, Operand, Part, by_kind, parts_of
 
 LIBRARY.define(
     "perturb_(Tensor(a!) w, int seed, float scale, int stream, int offset, int query, "
@@ -38,8 +44,8 @@ LIBRARY.define(
 
 def perturb_(
     w: Tensor,
-    seed: int,
-    scale: float,
+    seed: int | Tensor,
+    scale: float | Tensor,
     *,
     stream: int = 0,
     offset: int = 0,
@@ -53,8 +59,8 @@ def perturb_(
 
     Args:
         w: float32, bfloat16 or float16; any shape and strides, empty too.
-        seed: 64-bit key, in [0, 2^64).
-        scale: rounded to float32.
+        seed: 64-bit key, in [0, 2^64); or one int64 in w's memory, whose bits it is.
+        scale: rounded to float32; or one float32 in w's memory. A CUDA graph reads both anew.
         stream: 32-bit ordinal of the parameter in its layer.
         offset: index of w's first element in the full tensor, 64-bit.
         query: 32-bit number of the direction.
@@ -66,23 +72,26 @@ def perturb_(
     Raises:
         ValueError: a number is out of range, or elements of w share memory.
         TypeError: the dtype is none of the three.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     check_noise(w.shape, seed, stream, offset, query, row_stride)
     check_scale(scale)
+    check_device_numbers("seed", seed, torch.int64, 1, w.device)
+    check_device_numbers("scale", scale, torch.float32, 1, w.device)
     if is_eager(w):
-        _perturb_cpu(w, seed, scale, stream, offset, query, row_stride)
+        _perturb_in_place(w, seed, scale, stream, offset, query, row_stride)
     else:
-        numbers = (to_signed(seed), scale, stream, to_signed(offset), query, row_stride)
-        torch.ops.dlzo.perturb_(w, *numbers)
+        torch.ops.dlzo.perturb_(
+            w, to_signed(seed), scale, stream, to_signed(offset), query, row_stride
+        )
     return w
 
 
 def perturb_into(
     out: Tensor,
     base: Tensor,
-    seed: int,
-    scale: float,
+    seed: int | Tensor,
+    scale: float | Tensor,
     *,
     stream: int = 0,
     offset: int = 0,
@@ -95,7 +104,7 @@ def perturb_into(
         out: float32, bfloat16 or float16; any strides.
         base: of out's shape; float32 (a master) or out's dtype.
         seed: see `perturb_`, as for the other arguments.
-        scale: rounded to float32.
+        scale: see `perturb_`.
         stream: 32-bit ordinal of the parameter in its layer.
         offset: index of the first element in the full tensor, 64-bit.
         query: 32-bit number of the direction.
@@ -107,26 +116,63 @@ def perturb_into(
     Raises:
         ValueError: as `perturb_`; shapes that differ; out and base overlap without being the same.
         TypeError: a dtype is none of the three, or base is neither float32 nor of out's dtype.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     check_noise(out.shape, seed, stream, offset, query, row_stride)
     check_scale(scale)
+    check_device_numbers("seed", seed, torch.int64, 1, out.device)
+    check_device_numbers("scale", scale, torch.float32, 1, out.device)
     if is_eager(out, base):
-        _perturb_into_cpu(out, base, seed, scale, stream, offset, query, row_stride)
+        _perturb_into(out, base, seed, scale, stream, offset, query, row_stride)
     else:
         numbers = (to_signed(seed), scale, stream, to_signed(offset), query, row_stride)
         torch.ops.dlzo.perturb_into(out, base, *numbers)
     return out
 
 
-def _perturb_cpu(w: Tensor, *numbers: Any) -> None:
+def perturb_layer(
+    operands: Sequence[Operand], seed: int | Tensor, scale: float | Tensor, query: int = 0
+) -> None:
+    """`perturb_into` for each tensor of a layer; on a GPU, all of one kind in one launch."""
+    for (device, out_dtype, base_dtype), alike in by_kind(operands).items():
+        if device.type == "cpu":
+            for operand in alike:
+                _perturb_cpu(operand, int(seed), float(scale), query)
+        else:
+            directions, _kept = _gpu.directions(device, seed, [query], scale)
+            _launch(parts_of(alike), out_dtype, base_dtype, directions, device)
+        for operand in alike:
+            mark_written(operand.out)
+
+
+def _perturb_in_place(
+    w: Tensor,
+    seed: int | Tensor,
+    scale: float | Tensor,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+) -> None:
     check_writable("w", w)
-    _run(w, w, *numbers)
+    perturb_layer(
+        [Operand(w, w, stream, to_unsigned(offset), row_stride)], seed_of(seed), scale, query
+    )
 
 
-def _perturb_into_cpu(out: Tensor, base: Tensor, *numbers: Any) -> None:
+def _perturb_into(
+    out: Tensor,
+    base: Tensor,
+    seed: int | Tensor,
+    scale: float | Tensor,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+) -> None:
     check_writable("out", out)
     check_tensor("base", base)
+    check_same_device("base", base, "out", out.device)
     if out.shape != base.shape:
         raise ValueError(f"out has shape {tuple(out.shape)} and base {tuple(base.shape)}")
     if base.dtype not in (torch.float32, out.dtype):
@@ -134,28 +180,37 @@ def _perturb_into_cpu(out: Tensor, base: Tensor, *numbers: Any) -> None:
     same = out.data_ptr() == base.data_ptr() and out.stride() == base.stride()
     if overlap(out, base) and not (same and out.dtype == base.dtype):
         raise ValueError("out and base overlap in memory without being the same; clone base")
-    _run(out, base, *numbers)
+    perturb_layer(
+        [Operand(out, base, stream, to_unsigned(offset), row_stride)], seed_of(seed), scale, query
+    )
 
 
-def _run(
-    out: Tensor,
-    base: Tensor,
-    seed: int,
-    scale: float,
-    stream: int,
-    offset: int,
-    query: int,
-    row_stride: int | None,
-) -> None:
+def _perturb_cpu(operand: Operand, seed: int, scale: float, query: int) -> None:
+    out, base, stream, offset, row_stride = operand
     shape = shape_of(out)
-    numbering = (shape, to_unsigned(offset), row_stride_of(shape, row_stride))
     packed = pack(out)
     source = packed if base is out else pack(base)
-    _C.perturb(packed, source, *numbering, to_unsigned(seed), stream, query, scale, threads())
-    mark_written(out)
+    stride = row_stride_of(shape, row_stride)
+    numbers = (to_unsigned(seed), stream, query, scale, threads())
+    _C.perturb(packed, source, shape, offset, stride, *numbers)
+
+
+def _launch(
+    parts: list[Part],
+    out: torch.dtype,
+    base: torch.dtype,
+    directions: Directions,
+    device: torch.device,
+) -> None:
+    if _gpu.selected() == "cuda":
+        codes = DTYPE_CODES[out], DTYPE_CODES[base]
+        _gpu.launch(_C.gpu.perturb(*codes, parts, directions), device)
+    else:
+        launch_triton(parts, out, base, directions)
 
 
 register_silent_fake("perturb_")
 register_silent_fake("perturb_into")
-LIBRARY.impl("perturb_", _perturb_cpu, "CPU")
-LIBRARY.impl("perturb_into", _perturb_into_cpu, "CPU")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("perturb_", _perturb_in_place, _key)
+    LIBRARY.impl("perturb_into", _perturb_into, _key)

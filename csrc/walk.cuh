@@ -1,0 +1,201 @@
+// How a kernel walks through the parts of a launch: a thread takes groups of kGroup elements that
+// are consecutive in logical indices, so that one pair of Philox blocks serves a group.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "noise.cuh"
+
+namespace dlzo::gpu {
+
+template <DType dtype>
+struct Storage;
+template <>
+struct Storage<DType::kFloat32> {
+  using Type = float;
+  static __device__ __forceinline__ float load(float x) { return x; }
+  static __device__ __forceinline__ float store(float x) { return x; }
+};
+template <>
+struct Storage<DType::kBFloat16> {
+  using Type = __nv_bfloat16;
+  static __device__ __forceinline__ float load(Type x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ Type store(float x) { return __float2bfloat16_rn(x); }
+};
+template <>
+struct Storage<DType::kFloat16> {
+  using Type = __half;
+  static __device__ __forceinline__ float load(Type x) { return __half2float(x); }
+  static __device__ __forceinline__ Type store(float x) { return __float2half_rn(x); }
+};
+
+// A group of elements of a part, and which of them exist.
+struct Group {
+  uint32_t block_low, block_high;  // of the first of its two Philox blocks
+  int64_t out, base;               // where element 0 lies, in elements from the part's first
+  int begin, end;                  // the elements that exist
+  bool whole;                      // whether all do, side by side and aligned
+};
+
+DLZO_DEVICE uint32_t low_half(uint32_t pair) { return pair << 16; }
+DLZO_DEVICE uint32_t high_half(uint32_t pair) { return pair & 0xffff0000u; }
+
+// Eight values of 16 bits as they lie in a register quadruple.
+template <DType dtype>
+DLZO_DEVICE void unpack(const uint4& raw, float (&values)[kGroup]) {
+  const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (dtype == DType::kBFloat16) {
+      values[2 * i] = __uint_as_float(low_half(pairs[i]));
+      values[2 * i + 1] = __uint_as_float(high_half(pairs[i]));
+    } else {
+      const __half2 pair = *reinterpret_cast<const __half2*>(&pairs[i]);
+      values[2 * i] = __low2float(pair);
+      values[2 * i + 1] = __high2float(pair);
+    }
+  }
+}
+
+template <DType dtype>
+DLZO_DEVICE uint4 pack(const float (&values)[kGroup]) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (dtype == DType::kBFloat16)
+      *reinterpret_cast<__nv_bfloat162*>(&pairs[i]) =
+          __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+    else
+      *reinterpret_cast<__half2*>(&pairs[i]) =
+          __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+  }
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+// Rounds to the storage type and back.
+template <DType dtype>
+DLZO_DEVICE float rounded(float value) {
+  return Storage<dtype>::load(Storage<dtype>::store(value));
+}
+
+// The values of a group that begins at `data`, `step` elements apart.
+template <DType dtype>
+DLZO_DEVICE void load_group(const char* data, int64_t step, const Group& group,
+                            float (&values)[kGroup]) {
+  using Type = typename Storage<dtype>::Type;
+  const Type* from = reinterpret_cast<const Type*>(data);
+  if (group.whole) {
+    if constexpr (dtype == DType::kFloat32) {
+      const float4 a = reinterpret_cast<const float4*>(from)[0];
+      const float4 b = reinterpret_cast<const float4*>(from)[1];
+      const float all[kGroup] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < kGroup; i++) values[i] = all[i];
+    } else {
+      unpack<dtype>(*reinterpret_cast<const uint4*>(from), values);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; i++)
+    values[i] = i >= group.begin && i < group.end ? Storage<dtype>::load(from[i * step]) : 0;
+}
+
+template <DType dtype>
+DLZO_DEVICE void store_group(char* data, int64_t step, const Group& group,
+                             const float (&values)[kGroup]) {
+  using Type = typename Storage<dtype>::Type;
+  Type* to = reinterpret_cast<Type*>(data);
+  if (group.whole) {
+    if constexpr (dtype == DType::kFloat32) {
+      reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
+      reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
+    } else {
+      *reinterpret_cast<uint4*>(to) = pack<dtype>(values);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; i++)
+    if (i >= group.begin && i < group.end) to[i * step] = Storage<dtype>::store(values[i]);
+}
+
+template <DType dtype>
+DLZO_DEVICE void load_base(const Part& part, const Group& group, float (&values)[kGroup]) {
+  load_group<dtype>(part.base + group.base * size_of(dtype), part.base_column, group, values);
+}
+
+template <DType dtype>
+DLZO_DEVICE void store_base(const Part& part, const Group& group, const float (&values)[kGroup]) {
+  char* base = const_cast<char*>(part.base);
+  store_group<dtype>(base + group.base * size_of(dtype), part.base_column, group, values);
+}
+
+template <DType dtype>
+DLZO_DEVICE void store_out(const Part& part, const Group& group, const float (&values)[kGroup]) {
+  store_group<dtype>(part.out + group.out * size_of(dtype), part.out_column, group, values);
+}
+
+// Group number `number` of a part, counted along its rows.
+DLZO_DEVICE Group group_of(const Part& part, int64_t number) {
+  int64_t row = 0;
+  if (part.rows > 1) {
+    const int64_t per_row = groups_per_row(part.columns);
+    row = number / per_row;
+    number -= row * per_row;
+  }
+  const uint64_t start = part.offset + (uint64_t)(row * part.row_stride);
+  const int64_t column = number * kGroup - (int64_t)(start % kGroup);
+  const int64_t left = row < part.rows ? part.columns - column : 0;
+  const uint64_t block = (start + (uint64_t)column) >> 2;
+  Group group;
+  group.block_low = (uint32_t)block;
+  group.block_high = (uint32_t)(block >> 32);
+  group.out = row * part.out_row + column * part.out_column;
+  group.base = row * part.base_row + column * part.base_column;
+  group.begin = column < 0 ? (int)-column : 0;
+  group.end = left < kGroup ? (int)left : kGroup;  // not above begin: there is nothing
+  group.whole = part.is_flat && group.begin == 0 && group.end == kGroup;
+  return group;
+}
+
+// The part of a launch that a block works on: the last one that starts at or before it.
+DLZO_DEVICE const Part& part_of(const NoiseArguments& arguments, int64_t block) {
+  int low = 0, high = arguments.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (arguments.parts[middle].first_block <= block) low = middle;
+    else high = middle - 1;
+  }
+  return arguments.parts[low];
+}
+
+// Calls body(part, group) for each group that is this thread's.
+template <class Body>
+DLZO_DEVICE void for_each_group(const NoiseArguments& arguments, Body body) {
+  constexpr int kGroups = kThreads * kTurns;
+  const Part& part = part_of(arguments, blockIdx.x);
+  const int64_t first = ((int64_t)blockIdx.x - part.first_block) * kGroups;
+  // Where all groups of the block are whole and none carries into the high half of the counter,
+  // nearly everything about them is the same for all threads.
+  const int phase = (int)(part.offset % kGroup);
+  const int64_t column = first * kGroup - phase;
+  const uint64_t block = (part.offset + (uint64_t)column) >> 2;
+  if (part.is_flat && column >= 0 && column + kGroups * kGroup <= part.columns &&
+      (uint32_t)block <= ~0u - 2 * kGroups) {
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < kGroups; i += kThreads) {
+      const int64_t at = column + i * kGroup;
+      body(part, Group{(uint32_t)block + 2 * (uint32_t)i, (uint32_t)(block >> 32), at, at, 0,
+                       kGroup, true});
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = (int)threadIdx.x; i < kGroups; i += kThreads) {
+    const Group group = group_of(part, first + i);
+    if (group.begin < group.end) body(part, group);
+  }
+}
+
+}  // namespace dlzo::gpu

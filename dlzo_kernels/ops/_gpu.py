@@ -1,0 +1,102 @@
+"""Which column of kernels runs on a GPU, and what its launches need from torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlzo_kernels import _C
+from dlzo_kernels.ops._parts import Directions
+
+COLUMNS = ("cuda", "triton")
+
+
+def why_not(column: str) -> str:
+    """Why a column cannot run here, in words; empty where it can."""
+    if column == "triton":
+        if find_spec("triton") is None:
+            return "triton is not installed: pip install 'dlzo-kernels[triton]'"
+        return "" if torch.cuda.is_available() else "torch sees no GPU"
+    if not hasattr(_C, "cuda"):
+        return "this build has no CUDA kernels: install it where nvcc is on the PATH"
+    if torch.version.hip is not None:
+        return "torch was built for ROCm"
+    return _C.cuda.why_no_device() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+
+
+def select(column: str) -> None:
+    """Forces one column, until another is selected.
+
+    Raises:
+        ValueError: it is neither "cuda" nor "triton", or cannot run here.
+    """
+    if column not in COLUMNS:
+        raise ValueError(f"unknown GPU column {column!r}; choose one of {', '.join(COLUMNS)}")
+    reason = why_not(column)
+    if reason:
+        raise ValueError(f"the GPU column {column!r} cannot run here: {reason}")
+    _selected[:] = [column]
+
+
+def select_best() -> None:
+    """Selects the column that DLZO_GPU names; else CUDA where it can run, else Triton.
+
+    Raises:
+        ValueError: neither can run, or the named one cannot.
+    """
+    runnable = [name for name in COLUMNS if not why_not(name)]
+    if not runnable:
+        reasons = "; ".join(f"{name}: {why_not(name)}" for name in COLUMNS)
+        raise ValueError(f"no GPU column can run here ({reasons})")
+    select(os.environ.get("DLZO_GPU") or runnable[0])
+
+
+def selected() -> str:
+    """The column in use; the best one is found at the first call."""
+    if not _selected:
+        select_best()
+    return _selected[0]
+
+
+_selected: list[str] = []
+
+
+def launch(launches: Sequence[_C.gpu.Launch], device: torch.device) -> None:
+    """Enqueues CUDA kernels on torch's current stream of the device; waits for nothing."""
+    with torch.cuda.device(device):
+        _C.cuda.launch(launches, torch.cuda.current_stream().cuda_stream)
+
+
+def directions(
+    device: torch.device,
+    seeds: int | Sequence[int] | Tensor,
+    queries: Sequence[int],
+    scales: float | Sequence[float] | Tensor,
+) -> tuple[Directions, list[Tensor]]:
+    """Directions for a kernel, and the tensors to keep until it is launched.
+
+    A number is for all directions and goes by value; a sequence is copied to the device.
+    """
+    kept: list[Tensor] = []
+
+    def place(values: Any, dtype: torch.dtype) -> tuple[Any, int]:
+        if isinstance(values, Sequence) and len(values) == 1:
+            values = values[0]
+        if isinstance(values, int | float):
+            return values, 0
+        if isinstance(values, Sequence):
+            host = torch.tensor(values, dtype=dtype).pin_memory()
+            values = host.to(device, non_blocking=True)
+        kept.append(values)
+        return 0, values.data_ptr()
+
+    seed, seeds_at = place(seeds, torch.uint64)
+    query, queries_at = place(queries, torch.uint32)
+    scale, scales_at = place(scales, torch.float32)
+    count = len(queries)
+    return Directions(count, seed, query, scale, seeds_at, queries_at, scales_at), kept
