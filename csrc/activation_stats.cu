@@ -43,27 +43,34 @@ struct Terms {
   }
 };
 
-// Sums a second and a third time where the first pivot or scale turns out to be poor.
+// Sums a second and a third time where the first scale and pivot turn out to be poor.
 // `sweep(pivot, scale)` returns Sums over `count` values.
 template <class Sweep>
 DLZO_DEVICE Moments moments_of(int64_t count, float pivot, Sweep sweep) {
   const double n = (double)count;
+  double scale = 1;
+  bool is_scaled = false, is_centred = false;
   if (!is_finite(pivot)) pivot = 0;
-  Sums sums = sweep(pivot, 1.0f);
-  const uint32_t largest = sums.largest;
-  const double scale = fmin(scale_for(__uint_as_float(largest)), 0x1p127);  // a float32
-  if (scale != 1) {
-    pivot = 0;
+  Sums sums;
+#pragma unroll 1
+  while (true) {
     sums = sweep(pivot, (float)scale);
-  }
-  if (is_poor(n, sums.s)) {
+    if (!is_scaled) {
+      is_scaled = true;
+      scale = fmin(scale_for(__uint_as_float(sums.largest)), 0x1p127);  // a float32
+      if (scale != 1) {
+        pivot = 0;
+        continue;
+      }
+    }
+    if (is_centred || !is_poor(n, sums.s)) break;
+    is_centred = true;
     pivot = (float)(pivot + sums.s[0] / n);
-    sums = sweep(pivot, (float)scale);
   }
   Moments moments = central(count, sums.s, pivot);
   if (scale != 1) moments = rescale(moments, 1 / scale);
   moments.argmax = sums.position;
-  moments.absmax = __uint_as_float(largest == kNanKey ? 0x7fc00000u : largest);
+  moments.absmax = __uint_as_float(sums.largest == kNanKey ? 0x7fc00000u : sums.largest);
   return moments;
 }
 
@@ -80,17 +87,17 @@ DLZO_DEVICE Number sum_positions(const Number (&x)[kGroup]) {
 template <DType dtype>
 struct Run {
   const typename Storage<dtype>::Type* x;
-  int64_t count;
+  int count;
   bool aligned;
   int lane;
 
-  // This lane's values of step `step`; returns how many of them exist.
-  __device__ __forceinline__ int load(int64_t step, float (&values)[kGroup]) const {
-    const int64_t first = step * kPositions + lane * kGroup, left = count - first;
+  // This lane's values of a step; returns how many of them exist.
+  __device__ __forceinline__ int load(int step, float (&values)[kGroup]) const {
+    const int first = step * kPositions + lane * kGroup, left = count - first;
     Group group = {};
-    group.end = left < kGroup ? (int)left : kGroup;
+    group.end = left < kGroup ? left : kGroup;
     group.whole = aligned && group.end == kGroup;
-    load_group<dtype>(reinterpret_cast<const char*>(x + first), 1, group, values);
+    load_group<dtype, true>(reinterpret_cast<const char*>(x + first), 1, group, values);
     return group.end;
   }
 
@@ -107,21 +114,28 @@ struct Run {
   __device__ Sums sweep(float pivot, float scale) const {
     Terms terms[kGroup];
     uint32_t largest = 0;
-    int64_t position = INT64_MAX;
-#pragma unroll 2
-    for (int64_t step = 0; step * kPositions < count; step++) {
-      float values[kGroup];
-      const int present = load(step, values);
-#pragma unroll
-      for (int i = 0; i < kGroup; i++) {
-        if (i >= present) break;
-        terms[i].add(values[i], pivot, scale);
-        const uint32_t key = magnitude(values[i]);
-        if (key > largest || position == INT64_MAX) {
-          largest = key;
-          position = step * kPositions + lane * kGroup + i;
-        }
+    int position = lane * kGroup < count ? lane * kGroup : INT32_MAX;
+    const auto add = [&](int i, float value, int step) {
+      terms[i].add(value, pivot, scale);
+      const uint32_t key = magnitude(value);
+      if (key > largest) {
+        largest = key;
+        position = step * kPositions + lane * kGroup + i;
       }
+    };
+    const int whole_steps = count / kPositions;
+    float values[kGroup];
+#pragma unroll 1
+    for (int step = 0; step < whole_steps; step++) {
+      load(step, values);
+#pragma unroll
+      for (int i = 0; i < kGroup; i++) add(i, values[i], step);
+    }
+    if (whole_steps * kPositions < count) {
+      const int present = load(whole_steps, values);
+#pragma unroll
+      for (int i = 0; i < kGroup; i++)
+        if (i < present) add(i, values[i], whole_steps);
     }
     Sums sums;
 #pragma unroll
@@ -134,7 +148,7 @@ struct Run {
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
       const uint32_t other = __shfl_xor_sync(~0u, largest, step);
-      const int64_t place = __shfl_xor_sync(~0u, position, step);
+      const int place = __shfl_xor_sync(~0u, position, step);
       if (other > largest || (other == largest && place < position)) {
         largest = other;
         position = place;
@@ -155,7 +169,7 @@ DLZO_DEVICE void sum_runs(const StatsArguments& arguments) {
   const int64_t row = number / arguments.pieces, begin = number % arguments.pieces * kRun;
   const Type* x = reinterpret_cast<const Type*>(arguments.x) + row * arguments.columns + begin;
   const int64_t left = arguments.columns - begin;
-  const Run<dtype> run = {x, left < kRun ? left : kRun, reinterpret_cast<uintptr_t>(x) % 16 == 0,
+  const Run<dtype> run = {x, (int)(left < kRun ? left : kRun), reinterpret_cast<uintptr_t>(x) % 16 == 0,
                           (int)(threadIdx.x % kWarp)};
   Moments moments = moments_of(run.count, run.first_pivot(), [&](float pivot, float scale) {
     return run.sweep(pivot, scale);

@@ -1,8 +1,7 @@
 // Central moments of a set of values, and how two sets combine.
 #pragma once
 #include <cstdint>
-
-#include <cmath>
+#include <cstring>
 
 #include "both.h"
 
@@ -48,9 +47,14 @@ DLZO_BOTH bool is_poor(double count, const double (&s)[4]) {
 DLZO_BOTH double scale_for(float largest) {
   const bool fits = largest >= kSmallest && largest <= kLargest;
   if (fits || largest == 0 || !(largest <= 0x1.fffffep127f)) return 1;
-  int exponent;
-  (void)frexp((double)largest, &exponent);
-  return ldexp(1.0, -exponent);
+  // Of its bits as a float64, never subnormal, the exponent changes its sign.
+  const double wide = largest;
+  uint64_t bits;
+  memcpy(&bits, &wide, sizeof bits);
+  bits = (2045 - (bits >> 52)) << 52;
+  double scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return scale;
 }
 
 // The union of a and b, b's positions counted from `offset` (Pebay, SAND2008-6212, eq. 3.1).
