@@ -1,7 +1,7 @@
 // A card's own limits, measured beside the kernels: benchmarks/gpu.py compiles and runs this file.
 // Prints bytes copied and warp instructions issued, each per second.
-#include <cstdio>
 #include <cuda_runtime.h>
+#include <cstdio>
 
 constexpr int kThreads = 256, kChains = 8, kRounds = 4096;
 

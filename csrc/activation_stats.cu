@@ -12,8 +12,8 @@
 namespace dlzo::gpu {
 
 constexpr int kPositions = kWarp * kGroup;
-constexpr int kBlock = 64;       // terms summed in float32
-constexpr int kPivotRows = 16;   // rows of a channel whose mean is its first pivot
+constexpr int kBlock = 64;      // terms summed in float32
+constexpr int kPivotRows = 16;  // rows of a channel whose mean is its first pivot
 constexpr uint32_t kNanKey = 0x7f800001u;
 
 // |x| as an integer that orders as the values do; all NaNs are the same, above infinity.
@@ -169,11 +169,10 @@ DLZO_DEVICE void sum_runs(const StatsArguments& arguments) {
   const int64_t row = number / arguments.pieces, begin = number % arguments.pieces * kRun;
   const Type* x = reinterpret_cast<const Type*>(arguments.x) + row * arguments.columns + begin;
   const int64_t left = arguments.columns - begin;
-  const Run<dtype> run = {x, (int)(left < kRun ? left : kRun), reinterpret_cast<uintptr_t>(x) % 16 == 0,
-                          (int)(threadIdx.x % kWarp)};
-  Moments moments = moments_of(run.count, run.first_pivot(), [&](float pivot, float scale) {
-    return run.sweep(pivot, scale);
-  });
+  const Run<dtype> run = {x, (int)(left < kRun ? left : kRun),
+                          reinterpret_cast<uintptr_t>(x) % 16 == 0, (int)(threadIdx.x % kWarp)};
+  Moments moments = moments_of(run.count, run.first_pivot(),
+                               [&](float pivot, float scale) { return run.sweep(pivot, scale); });
   moments.argmax += begin;
   if (run.lane != 0) return;
   if (arguments.pieces == 1) write(arguments.out, row, moments);

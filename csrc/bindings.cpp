@@ -72,11 +72,11 @@ void bind_gpu(py::module_ module) {
   module.def("gaussian", [](int out, const std::vector<Part>& parts, const Directions& directions) {
     return gpu::gaussian(dtype_of(out), gpu_parts(parts), gpu_directions(directions));
   });
-  module.def("perturb", [](int out, int base, const std::vector<Part>& parts,
-                           const Directions& directions) {
-    return gpu::perturb(dtype_of(out), dtype_of(base), gpu_parts(parts),
-                        gpu_directions(directions));
-  });
+  module.def("perturb",
+             [](int out, int base, const std::vector<Part>& parts, const Directions& directions) {
+               return gpu::perturb(dtype_of(out), dtype_of(base), gpu_parts(parts),
+                                   gpu_directions(directions));
+             });
   module.def("accumulate", [](int out, int base, bool writes_out, const std::vector<Part>& parts,
                               const Directions& directions, uintptr_t gate) {
     return gpu::accumulate(dtype_of(out), dtype_of(base), writes_out, gpu_parts(parts),
@@ -85,13 +85,13 @@ void bind_gpu(py::module_ module) {
   module.def("partials", [](int64_t rows, int64_t channels, int reduction) {
     return gpu::partials(rows, channels, static_cast<Reduction>(reduction));
   });
-  module.def("activation_stats", [](uintptr_t x, int dtype, int64_t rows, int64_t channels,
-                                    int reduction, const std::array<uintptr_t, 5>& out,
-                                    uintptr_t workspace) {
-    return gpu::activation_stats(reinterpret_cast<const char*>(x), dtype_of(dtype), rows, channels,
-                                 static_cast<Reduction>(reduction), stats_out(out),
-                                 reinterpret_cast<Moments*>(workspace));
-  });
+  module.def("activation_stats",
+             [](uintptr_t x, int dtype, int64_t rows, int64_t channels, int reduction,
+                const std::array<uintptr_t, 5>& out, uintptr_t workspace) {
+               return gpu::activation_stats(reinterpret_cast<const char*>(x), dtype_of(dtype), rows,
+                                            channels, static_cast<Reduction>(reduction),
+                                            stats_out(out), reinterpret_cast<Moments*>(workspace));
+             });
 }
 
 #if defined(DLZO_CUDA)

@@ -17,8 +17,7 @@ std::unordered_map<std::string, const void*>& kernels() {
 }
 
 void check(cudaError_t error, const std::string& doing) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(doing + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(doing + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -20,7 +20,8 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Whether groups of consecutive elements lie side by side from addresses divisible by 16.
 bool is_flat(const char* data, DType dtype, int64_t column_step, const Part& part) {
   const auto phase = static_cast<int64_t>(part.offset % kGroup);
-  const auto first = reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(phase * size_of(dtype));
+  const auto first =
+      reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(phase * size_of(dtype));
   return part.rows == 1 && column_step == 1 && first % 16 == 0;
 }
 
@@ -57,9 +58,9 @@ std::vector<Launch> perturb(DType out, DType base, std::vector<Part> parts,
     part.is_flat = is_flat(part.out, out, part.out_column, part) &&
                    is_flat(part.base, base, part.base_column, part);
   const bool indirect = directions.seeds || directions.scales;
-  return over_parts(std::string("perturb_") + name_of(out) + "_" + name_of(base) +
-                        (indirect ? "_indirect" : ""),
-                    parts, directions, nullptr);
+  return over_parts(
+      std::string("perturb_") + name_of(out) + "_" + name_of(base) + (indirect ? "_indirect" : ""),
+      parts, directions, nullptr);
 }
 
 std::vector<Launch> accumulate(DType out, DType base, bool writes_out, std::vector<Part> parts,

@@ -1,5 +1,5 @@
-// What the host tells a GPU kernel: plain structs and the plan of a launch; no CUDA in here, so that
-// the plans are built, and tested, where there is none.
+// What the host tells a GPU kernel: plain structs and the plan of a launch; no CUDA in here, so
+// that the plans are built, and tested, where there is none.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -12,9 +12,9 @@
 namespace dlzo::gpu {
 
 constexpr int kWarp = 32, kThreads = 256;  // threads of a warp, and of every block
-constexpr int kGroup = 8;          // consecutive elements that a thread handles at a time
-constexpr int kTurns = 4;          // groups of a thread
-constexpr int kMaxParts = 36;      // matrices in one launch: a kernel's arguments are 4 kB at most
+constexpr int kGroup = 8;                  // consecutive elements that a thread handles at a time
+constexpr int kTurns = 4;                  // groups of a thread
+constexpr int kMaxParts = 36;  // matrices in one launch: a kernel's arguments are 4 kB at most
 
 // A matrix: see dlzo_kernels/ops/_parts.py, which makes it.
 struct Part {
@@ -72,8 +72,8 @@ struct NoiseArguments {
 };
 static_assert(sizeof(NoiseArguments) <= 4096, "a kernel takes 4 kB of arguments");
 
-constexpr int64_t kRun = 16384;       // values of a row that one warp sums up
-constexpr int64_t kSegmentRows = 256; // rows of a channel that one thread sums up
+constexpr int64_t kRun = 16384;        // values of a row that one warp sums up
+constexpr int64_t kSegmentRows = 256;  // rows of a channel that one thread sums up
 
 // The one argument of the kernels of activation_stats, on a (rows, columns) matrix.
 struct StatsArguments {

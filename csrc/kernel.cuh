@@ -14,9 +14,9 @@ struct Kernel {
 }  // namespace dlzo::gpu
 
 // Used inside the namespace; the name has C linkage.
-#define DLZO_KERNEL(name, Argument, ...)                                             \
-  extern "C" __global__ void __launch_bounds__(kThreads)                             \
-      name(const __grid_constant__ Argument arguments) {                             \
-    __VA_ARGS__(arguments);                                                          \
-  }                                                                                  \
+#define DLZO_KERNEL(name, Argument, ...)                 \
+  extern "C" __global__ void __launch_bounds__(kThreads) \
+      name(const __grid_constant__ Argument arguments) { \
+    __VA_ARGS__(arguments);                              \
+  }                                                      \
   static const Kernel name##_entry(#name, reinterpret_cast<const void*>(&name));

@@ -57,7 +57,9 @@ DLZO_DEVICE Two operator+(Two a, Two b) { return {__fadd_rn(a.x, b.x), __fadd_rn
 DLZO_DEVICE Two operator*(Two a, float b) { return a * Two{b, b}; }
 DLZO_DEVICE Two operator+(Two a, float b) { return a + Two{b, b}; }
 
-DLZO_DEVICE Two to_float(uint32_t x, uint32_t y) { return {__uint2float_rn(x), __uint2float_rn(y)}; }
+DLZO_DEVICE Two to_float(uint32_t x, uint32_t y) {
+  return {__uint2float_rn(x), __uint2float_rn(y)};
+}
 DLZO_DEVICE Two to_float(int32_t x, int32_t y) { return {__int2float_rn(x), __int2float_rn(y)}; }
 DLZO_DEVICE Two from_bits(uint32_t x, uint32_t y) {
   return {__uint_as_float(x), __uint_as_float(y)};
@@ -71,8 +73,8 @@ DLZO_DEVICE Two radius(uint32_t x, uint32_t y) {
   const uint32_t b = __float_as_uint(u.y) - (kTwoThirds + (32u << 23));
   const uint32_t a_power = a & kExponent, b_power = b & kExponent;
   const Two log_power = to_float((int32_t)a_power, (int32_t)b_power) * (-0x1.62e430p+0f * 0x1p-23f);
-  const Two doubled = from_bits(a - a_power + (kTwoThirds + (1u << 23)),
-                                b - b_power + (kTwoThirds + (1u << 23)));
+  const Two doubled =
+      from_bits(a - a_power + (kTwoThirds + (1u << 23)), b - b_power + (kTwoThirds + (1u << 23)));
   const Two g = {__fsub_rn(2.0f, doubled.x), __fsub_rn(2.0f, doubled.y)};
   Two p = g * 0x1.0e2994p-12f + 0x1.1df3acp-11f;
   p = p * g + 0x1.f03c90p-11f;

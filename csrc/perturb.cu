@@ -9,8 +9,7 @@ namespace dlzo::gpu {
 template <DType out_dtype, DType base_dtype, bool indirect>
 DLZO_DEVICE void perturb(const NoiseArguments& arguments) {
   const Directions& direction = arguments.directions;
-  const Keys keys =
-      indirect && direction.seeds ? make_keys(*direction.seeds) : direction.keys;
+  const Keys keys = indirect && direction.seeds ? make_keys(*direction.seeds) : direction.keys;
   const float scale = indirect && direction.scales ? *direction.scales : direction.scale;
   for_each_group(arguments, [&](const Part& part, const Group& group) {
     float values[kGroup], z[kGroup];
@@ -24,11 +23,11 @@ DLZO_DEVICE void perturb(const NoiseArguments& arguments) {
 
 constexpr DType f32 = DType::kFloat32, bf16 = DType::kBFloat16, f16 = DType::kFloat16;
 
-#define DLZO_KERNELS(suffix, indirect)                                                            \
-  DLZO_KERNEL(perturb_float32_float32##suffix, NoiseArguments, perturb<f32, f32, indirect>)       \
-  DLZO_KERNEL(perturb_bfloat16_bfloat16##suffix, NoiseArguments, perturb<bf16, bf16, indirect>)   \
-  DLZO_KERNEL(perturb_float16_float16##suffix, NoiseArguments, perturb<f16, f16, indirect>)       \
-  DLZO_KERNEL(perturb_bfloat16_float32##suffix, NoiseArguments, perturb<bf16, f32, indirect>)     \
+#define DLZO_KERNELS(suffix, indirect)                                                          \
+  DLZO_KERNEL(perturb_float32_float32##suffix, NoiseArguments, perturb<f32, f32, indirect>)     \
+  DLZO_KERNEL(perturb_bfloat16_bfloat16##suffix, NoiseArguments, perturb<bf16, bf16, indirect>) \
+  DLZO_KERNEL(perturb_float16_float16##suffix, NoiseArguments, perturb<f16, f16, indirect>)     \
+  DLZO_KERNEL(perturb_bfloat16_float32##suffix, NoiseArguments, perturb<bf16, f32, indirect>)   \
   DLZO_KERNEL(perturb_float16_float32##suffix, NoiseArguments, perturb<f16, f32, indirect>)
 DLZO_KERNELS(, false)
 DLZO_KERNELS(_indirect, true)

@@ -66,8 +66,7 @@ DLZO_DEVICE uint4 pack(const float (&values)[kGroup]) {
       *reinterpret_cast<__nv_bfloat162*>(&pairs[i]) =
           __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
     else
-      *reinterpret_cast<__half2*>(&pairs[i]) =
-          __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+      *reinterpret_cast<__half2*>(&pairs[i]) = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
   }
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }

@@ -1,6 +1,8 @@
-"""The compiled CPU column. A tensor is (data pointer, dtype code, strides in elements)."""
+"""The compiled columns. A tensor is (data pointer, dtype code, strides in elements)."""
 
 from collections.abc import Sequence
+
+from dlzo_kernels.ops._parts import Directions, Part
 
 _Tensor = tuple[int, int, Sequence[int]]
 
@@ -51,3 +53,52 @@ def isas() -> list[tuple[str, bool, bool, str]]: ...
 def select_isa(name: str) -> None: ...
 def selected_isa() -> str: ...
 def thread_pool() -> str: ...
+
+class gpu:
+    """Plans of launches, made where there is no CUDA too."""
+
+    THREADS: int
+    PARTIAL_BYTES: int
+
+    class Launch:
+        kernel: str
+        blocks: int
+        argument: bytes
+
+    @staticmethod
+    def gaussian(out: int, parts: Sequence[Part], directions: Directions) -> list[gpu.Launch]: ...
+    @staticmethod
+    def perturb(
+        out: int, base: int, parts: Sequence[Part], directions: Directions
+    ) -> list[gpu.Launch]: ...
+    @staticmethod
+    def accumulate(
+        out: int,
+        base: int,
+        writes_out: bool,
+        parts: Sequence[Part],
+        directions: Directions,
+        gate: int,
+    ) -> list[gpu.Launch]: ...
+    @staticmethod
+    def partials(rows: int, channels: int, reduction: int) -> int: ...
+    @staticmethod
+    def activation_stats(
+        x: int,
+        dtype: int,
+        rows: int,
+        channels: int,
+        reduction: int,
+        out: tuple[int, int, int, int, int],
+        workspace: int,
+    ) -> list[gpu.Launch]: ...
+
+class cuda:
+    """The CUDA column, where it was built."""
+
+    ARCHITECTURES: str
+
+    @staticmethod
+    def launch(launches: Sequence[gpu.Launch], stream: int) -> None: ...
+    @staticmethod
+    def why_no_device() -> str: ...
