@@ -193,7 +193,7 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     # The exact product of finite factors does not overflow, product does.
     result = np.where(plain, np.where(finite & ~np.isfinite(c), c, product + c), result)
     exponents = np.stack([np.frexp(x)[1] for x in (a, b, c)])
-    for lane in np.flatnonzero(~plain & ((np.abs(exponents) > 240).any(0) | (c == 0))):
+    for lane in np.flatnonzero(~plain & (np.abs(exponents) > 240).any(0)):
         result[lane] = _fma_exactly(float(a[lane]), float(b[lane]), float(c[lane]))
     return result
 

@@ -794,12 +794,17 @@ def _vote(statement: Statement, operands: Operands) -> Instruction:
     return _collective(statement, operands, "pred", mode.split(".")[1], _VOTES[mode])
 
 
-@_decoder("match.any.sync.{b32,b64}")
+@_decoder("match.{any,all}.sync.{b32,b64}")
 def _match(statement: Statement, operands: Operands) -> Instruction:
-    def combine(group: Array, values: Array) -> Array:
-        return pack_lanes(group & (values[:, None, :] == values[:, :, None]))
+    _, mode, _, type_name = statement.opcode.split(".")
 
-    return _collective(statement, operands, statement.opcode.split(".")[-1], "b32", combine)
+    def combine(group: Array, values: Array) -> Array:
+        same = group & (values[:, None, :] == values[:, :, None])
+        if mode == "all":
+            same &= (same == group).all(2, keepdims=True)
+        return pack_lanes(same)
+
+    return _collective(statement, operands, type_name, "b32", combine)
 
 
 @_decoder(

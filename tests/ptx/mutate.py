@@ -54,7 +54,14 @@ class Mutant:
 
     line: int
     description: str
-    source: str
+    changed: str
+    original: tuple[str, ...] = field(repr=False)
+
+    @property
+    def source(self) -> str:
+        """The whole module with the change."""
+        before, after = self.original[: self.line - 1], self.original[self.line :]
+        return "\n".join((*before, self.changed, *after))
 
 
 @dataclass
@@ -78,14 +85,13 @@ def mutants(source: str, entry: str | None = None) -> Iterator[Mutant]:
     Opcodes: comparison, or/xor, shift direction, add/sub, upper/lower half, min/max, rounding.
     Operands: two of a non-commutative instruction swapped. Guards: negated.
     """
-    lines = source.split("\n")
+    lines = tuple(source.split("\n"))
     for number in entry_lines(source, entry):
         code = lines[number - 1].split("//")[0]
         for statement in _STATEMENT.finditer(code):
             for description, changed in _changes(statement):
                 line = code[: statement.start()] + changed + code[statement.end() :]
-                mutated = [*lines[: number - 1], line, *lines[number:]]
-                yield Mutant(number, description, "\n".join(mutated))
+                yield Mutant(number, description, line, lines)
 
 
 def run_mutants(candidates: Iterable[Mutant], check: Callable[[str], None]) -> Report:

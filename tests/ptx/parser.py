@@ -26,6 +26,7 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s.*?([\w$]+)(?:\[(\d+)\])?$", re.S
 )
 _THREADS = re.compile(r"\.(maxntid|reqntid)\s+([\d,\s]+)")
+_BRACE = re.compile(r"[{}]")
 _IGNORED = (".loc", ".pragma", ".file")
 
 
@@ -247,8 +248,9 @@ def _functions(source: str) -> tuple[str, list[_Function]]:
     while header := _FUNCTION.search(source, position):
         end, depth = header.end(), 1
         while depth:
-            depth += (source[end] == "{") - (source[end] == "}")
-            end += 1
+            brace = _BRACE.search(source, end)
+            end = brace.end()
+            depth += 1 if brace[0] == "{" else -1
         outside += source[position : header.start()]
         kind, name, parameters, directives = header.groups()
         line = source.count("\n", 0, header.end()) + 1

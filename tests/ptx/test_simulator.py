@@ -267,6 +267,8 @@ CASES = {
                 2.0**10 * (1 + 2.0**-22),
                 2.0**10 * (1 + 2.0**-22),
             ),
+            # In float64 it is inexact one unit above a tie, the last bit set.
+            (8391461 * 2.0**-47, 8385756 * 2.0**-23, 1.0, 1 + 2.0**-23),
             (1.0 + 2.0**-12, 1.0 + 2.0**-12, -(1.0 + 2.0**-11), 2.0**-24),
             (2.0**-100, 2.0**-100, TINY, TINY),
             (2.0**-100, -(2.0**-100), TINY, TINY),
@@ -701,6 +703,8 @@ COLLECTIVES = {
     "vote.sync.ballot.b32 %r1, %p1, -1;": lambda i: 0xFF,
     "vote.sync.ballot.b32 %r1, !%p1, -1;": lambda i: 0xFFFFFF00,
     "match.any.sync.b32 %r1, %r2, -1;": lambda i: 0x01010101 << (i % 8),
+    "match.all.sync.b32 %r1, %r2, -1;": lambda i: 0,
+    "match.all.sync.b32 %r1, 7, -1;": lambda i: 0xFFFFFFFF,
     "redux.sync.add.u32 %r1, %r0, -1;": lambda i: 496,
     "redux.sync.max.s32 %r1, %r3, -1;": lambda i: 27,
     "redux.sync.min.s32 %r1, %r3, -1;": lambda i: 2**32 - 4,
@@ -747,11 +751,39 @@ END:
     assert run(body)[:32].tolist() == [0] * 16 + [10] * 16
 
 
+def test_lanes_that_parted_run_together_again_where_their_branches_end():
+    body = """
+    setp.lt.u32 %p1, %r0, 16;
+    @%p1 bra MEET;
+    add.u32 %r2, %r0, 1;
+MEET:
+    activemask.b32 %r1;
+    st.global.u32 [%d3], %r1;
+    """
+    assert (run(body)[:32] == 0xFFFFFFFF).all()
+
+
+def test_lanes_at_different_warp_instructions_wait_for_ever():
+    body = """
+    setp.lt.u32 %p1, %r0, 16;
+    @%p1 bra OTHER;
+    shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;
+    bra END;
+OTHER:
+    shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;
+END:
+    """
+    with pytest.raises(errors.Deadlock, match=r"thread 0 waits here and CTA 0 thread 16 waits at"):
+        run(body)
+
+
 def test_warps_wait_only_for_lanes_their_mask_names():
     body = """
     setp.lt.u32 %p1, %r0, 16;
     @!%p1 bra UPPER;
+    vote.sync.all.pred %p2, %p1, 0xFFFF;
     redux.sync.add.u32 %r1, %r0, 0xFFFF;
+    @!%p2 mov.u32 %r1, 0;
     bra END;
 UPPER:
     redux.sync.max.u32 %r1, %r0, 0xFFFF0000;
@@ -763,11 +795,14 @@ END:
 
 def test_scopes_may_declare_the_same_name_twice():
     body = """
+    .reg .b32 t; mov.b32 t, 100;
     { .reg .b64 t; mov.b64 t, 5; cvt.u32.u64 %r1, t; }
-    { .reg .b32 t; mov.b32 t, 6; add.u32 %r1, %r1, t; }
+    { .reg .b16 t; mov.b16 t, 6; cvt.u32.u16 %r2, t; }
+    add.u32 %r1, %r1, %r2;
+    add.u32 %r1, %r1, t;
     st.global.u32 [%d3], %r1;
     """
-    assert run(body)[0] == 11
+    assert run(body)[0] == 111
 
 
 def test_predicated_instructions_leave_other_threads_alone():
@@ -934,18 +969,23 @@ def test_bytes_of_one_word_are_separate():
     assert run(body)[:2].tolist() == [0x10000, 0x30002]
 
 
-def test_atomics_do_not_race_with_atomics_but_with_plain_accesses():
-    body = "red.global.add.u32 [%d1], 1; {} ld.global.u32 %r1, [%d1]; st.global.u32 [%d1+64], 1;"
-    assert run("red.global.add.u32 [%d1], 1;", grid=3)[0] == 96
-    run("red.global.add.u32 [%d1], 1; bar.sync 0; ld.global.u32 %r1, [%d1];", block=64)
-    with pytest.raises(errors.Race, match="changed with no barrier"):
-        run(body.format(""))
+def test_atomics_race_with_plain_accesses_only():
+    change, load = "red.global.add.u32 [%d1], 1;", "ld.global.u32 %r1, [%d1];"
+    store = "setp.eq.u32 %p1, %r0, 5; @%p1 st.global.u32 [%d1], 1;"
+    assert run(change, grid=3)[0] == 96
+    run(change + "bar.sync 0;" + load, block=64)
+    for first, second in ((change, load), (load, change), (change, store), (store, change)):
+        run(first + "bar.sync 0;" + second, block=64)
+        with pytest.raises(errors.Race, match="with no barrier between"):
+            run(first + second)
 
 
 def test_a_barrier_that_some_threads_miss():
     body = "setp.lt.u32 %p1, %r0, 40; {}"
     with pytest.raises(errors.Deadlock, match="other threads of its CTA have returned"):
         run(body.format("@%p1 bar.sync 0;"), block=64)
+    with pytest.raises(errors.Deadlock, match="other threads of its CTA have returned"):
+        run(body.format("@!%p1 ret; bar.sync 0;"), block=64)
     with pytest.raises(errors.Deadlock, match=r"waits here and CTA 0 thread \d+ waits at line"):
         run(body.format("@%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B:"), block=64)
 
