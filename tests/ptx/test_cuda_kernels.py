@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,14 +14,13 @@ from torch import Tensor
 from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import _C
 from dlzo_kernels.ops._common import DTYPE_CODES
-from dlzo_kernels.ops._parts import Directions, Operand, parts_of
+from dlzo_kernels.ops._parts import Directions, Operand
 from gpu_stats import stats
-from ptx.compile import nvcc_ptx
-from ptx.machine import launch
-from ptx.memory import Memory
-from ptx.parser import Kernel, parse
+from ptx.compile import missing
+from ptx.device import Device, operand_of
+from ptx.mutate import run_mutants
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+pytestmark = pytest.mark.skipif(missing("nvcc") is not None, reason=str(missing("nvcc")))
 SEED = 0xFEDCBA9876543210
 ARCHITECTURES = (80, 90, 120)
 KINDS = {
@@ -30,53 +30,6 @@ KINDS = {
     "bfloat16 of a master": (torch.bfloat16, torch.float32),
     "float16 of a master": (torch.float16, torch.float32),
 }
-
-
-class Device:
-    """Global memory of the simulator that stands for that of torch tensors."""
-
-    def __init__(self, architecture: int = 90) -> None:
-        self.memory = Memory()
-        self.architecture = architecture
-        self.placed: list[tuple[int, int, int]] = []
-
-    def address(self, tensor: Tensor) -> int:
-        """Where a tensor's first element is, its whole storage having been placed."""
-        return self.translate(tensor.data_ptr(), tensor)
-
-    def translate(self, pointer: int, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        for begin, size, at in self.placed:
-            if begin <= pointer < begin + max(size, 1):
-                return at + pointer - begin
-        raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        self.placed.append((storage.data_ptr(), raw.size, self.memory.add(raw, "tensor")))
-        return self.translate(pointer, tensor)
-
-    def parts(self, operands: Sequence[Operand]) -> list:
-        result = []
-        for operand in operands:
-            for part in parts_of([operand]):
-                out = self.translate(part.out, operand.out)
-                base = self.translate(part.base, operand.base)
-                result.append(part._replace(out=out, base=base))
-        return result
-
-    def run(self, op: str, launches: Sequence[_C.gpu.Launch]) -> None:
-        for planned in launches:
-            entry = kernel(op, planned.kernel, self.architecture)
-            threads = _C.gpu.THREADS
-            launch(entry, self.memory, [planned.argument], grid=planned.blocks, block=threads)
-
-
-_kernels: dict[tuple[str, str, int], Kernel] = {}
-
-
-def kernel(op: str, name: str, architecture: int) -> Kernel:
-    key = op, name, architecture
-    if key not in _kernels:
-        _kernels[key] = parse(nvcc_ptx(CSRC / f"{op}.cu", architecture), name)
-    return _kernels[key]
 
 
 def gaussian(
@@ -90,12 +43,6 @@ def gaussian(
         "gaussian",
         _C.gpu.gaussian(DTYPE_CODES[out.dtype], device.parts([operand]), directions),
     )
-
-
-def operand_of(
-    out: Tensor, base: Tensor, stream: int = 0, offset: int = 0, row_stride: int | None = None
-) -> Operand:
-    return Operand(out, base, stream, offset, row_stride)
 
 
 def perturb(
@@ -304,3 +251,24 @@ def assert_statistics(x: Tensor, per: str, device: Device | None = None) -> None
         strict=True,
     ):
         np.testing.assert_array_equal(got.numpy(), right, err_msg=f"{name} per {per}")
+
+
+def load_mutants():
+    # With its folder on sys.path, transformers would import kernels.py for the Hub's `kernels`.
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu_mutants.py"
+    spec = importlib.util.spec_from_file_location("gpu_mutants", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kernel", ["gaussian_float32", "perturb_bfloat16_bfloat16"])
+def test_nearly_every_small_change_of_a_kernel_is_noticed(kernel):
+    """All changes, and those that are not noticed: benchmarks/gpu_mutants.py, docs/gpu.md."""
+    module = load_mutants()
+    check = module.checker(kernel, module.KERNELS[kernel])
+    check(module.nvcc_ptx(module.CSRC / f"{kernel.split('_')[0]}.cu", 90))
+    report = run_mutants(module.sample(kernel, 60), check)
+    ran = len(report.caught) + len(report.survived)
+    assert ran > 50
+    assert len(report.caught) >= 0.9 * ran, report

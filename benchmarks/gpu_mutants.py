@@ -1,0 +1,133 @@
+"""Whether the tests on the PTX simulator would notice a kernel that is a little wrong.
+
+    python benchmarks/gpu_mutants.py
+
+Changes the PTX of the noise and perturbation kernels (sm_90), one constant, comparison, operation
+or operand order at a time, and runs each mutant. Needs nvcc; takes some minutes. Lands in
+results/gpu_mutants.json, survivors with their statement; docs/gpu.md explains them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlzo_kernels import _C
+from dlzo_kernels.ops._common import DTYPE_CODES
+from dlzo_kernels.ops._parts import Directions, Operand
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # where the simulator lies
+from bits import assert_same_bits, reference_perturb, weights  # noqa: E402
+from ptx.compile import CSRC, nvcc_ptx  # noqa: E402
+from ptx.device import Device, operand_of  # noqa: E402
+from ptx.mutate import Mutant, mutants, run_mutants  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu_mutants.json"
+SEED, QUERY, SCALE = 0x9E3779B97F4A7C15, 0xC0000001, 0.75
+BLOCK = 8192  # elements of a block of threads
+KERNELS = {
+    "gaussian_float32": torch.float32,
+    "perturb_float32_float32": torch.float32,
+    "perturb_bfloat16_bfloat16": torch.bfloat16,
+}
+
+
+def cases(dtype: torch.dtype) -> list[list[Operand]]:
+    """Launches that reach every way through a kernel, as those of the tests, in few elements."""
+    whole, ragged = weights(5 * BLOCK, dtype=dtype), weights(2 * BLOCK + 29, dtype=dtype)
+    matrix = weights(40, 70, dtype=dtype)
+    transposed, shard = matrix.t(), matrix[:, 5:24]
+    layer = [weights(n, dtype=dtype, seed=n) for n in (3, BLOCK + 5, 40, 1, 9000)]
+    short = [weights(16 - n, dtype=dtype) for n in range(8)]
+    return [
+        [operand_of(ragged[3:], ragged[3:], stream=1, offset=5)],
+        [operand_of(whole, whole, stream=0x80000003, offset=2**36 + 8)],
+        [operand_of(whole, whole, offset=2**34 - 2 * BLOCK - 8)],  # the counter carries
+        [operand_of(transposed, transposed, offset=2**64 - 2800)],
+        [operand_of(shard, shard, stream=2, offset=11, row_stride=64)],
+        [operand_of(w, w, stream=i) for i, w in enumerate(layer)],
+        *([operand_of(w, w, offset=n)] for n, w in enumerate(short)),
+    ]
+
+
+def checker(kernel: str, dtype: torch.dtype) -> Callable[[str], None]:
+    """Runs all cases on PTX source; raises where bits differ, of the result or around it."""
+    op = kernel.split("_")[0]
+    prepared = [(case, [memory_after(op, operand) for operand in case]) for case in cases(dtype)]
+
+    def check(source: str) -> None:
+        for case, right in prepared:
+            before = [operand.out.untyped_storage().clone() for operand in case]
+            try:
+                run(op, dtype, case, source)
+                for operand, memory in zip(case, right, strict=True):
+                    assert_same_bits(memory_of(operand.out), memory)
+            finally:
+                for operand, storage in zip(case, before, strict=True):
+                    operand.out.untyped_storage().copy_(storage)
+
+    return check
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """All of the memory that a tensor is a view of."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+
+
+def memory_after(op: str, operand: Operand) -> Tensor:
+    """That memory as a right kernel leaves it."""
+    base = torch.zeros_like(operand.base) if op == "gaussian" else operand.base
+    scale = 1.0 if op == "gaussian" else SCALE
+    numbers = {"stream": operand.stream, "offset": operand.offset, "query": QUERY}
+    stride = operand.row_stride
+    found = reference_perturb(base, SEED, scale, base.dtype, row_stride=stride, **numbers)
+    memory = memory_of(operand.out).clone()
+    place = operand.out.shape, operand.out.stride(), operand.out.storage_offset()
+    memory.as_strided(*place).copy_(found)
+    return memory
+
+
+def run(op: str, dtype: torch.dtype, case: Sequence[Operand], source: str) -> None:
+    device, code = Device(sources={op: source}), DTYPE_CODES[dtype]
+    parts = device.parts(case)
+    directions = Directions(1, seed=SEED, query=QUERY, scale=SCALE)
+    if op == "gaussian":
+        device.run(op, _C.gpu.gaussian(code, parts, directions))
+    else:
+        device.run(op, _C.gpu.perturb(code, code, parts, directions))
+
+
+def candidates(kernel: str) -> list[Mutant]:
+    return list(mutants(nvcc_ptx(CSRC / f"{kernel.split('_')[0]}.cu", 90), kernel))
+
+
+def sample(kernel: str, count: int) -> list[Mutant]:
+    """So many mutants, always the same."""
+    return random.Random(0).sample(candidates(kernel), count)
+
+
+def main() -> None:
+    results: dict[str, object] = {"command": "python benchmarks/gpu_mutants.py"}
+    for kernel, dtype in KERNELS.items():
+        report = run_mutants(candidates(kernel), checker(kernel, dtype))
+        caught, survived = len(report.caught), len(report.survived)
+        results[kernel] = {
+            "caught": caught,
+            "survived": survived,
+            "refused": len(report.refused),
+            "share_caught": round(caught / (caught + survived), 4),
+            "survivors": [mutant.description for mutant in report.survived],
+        }
+        print(kernel, json.dumps(results[kernel], indent=1), flush=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
