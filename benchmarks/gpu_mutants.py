@@ -41,33 +41,40 @@ KERNELS = {
 
 def cases(dtype: torch.dtype) -> list[list[Operand]]:
     """Launches that reach every way through a kernel, as those of the tests, in few elements."""
-    whole, ragged = weights(5 * BLOCK, dtype=dtype), weights(2 * BLOCK + 29, dtype=dtype)
-    matrix = weights(40, 70, dtype=dtype)
+    whole, ragged = weights(50 * BLOCK, dtype=dtype), weights(2 * BLOCK + 29, dtype=dtype)
+    carrying = weights(5 * BLOCK, dtype=dtype)
+    matrix, tall = weights(40, 70, dtype=dtype), weights(900, 33, dtype=dtype)
     transposed, shard = matrix.t(), matrix[:, 5:24]
     layer = [weights(n, dtype=dtype, seed=n) for n in (3, BLOCK + 5, 40, 1, 9000)]
     short = [weights(16 - n, dtype=dtype) for n in range(8)]
     return [
         [operand_of(ragged[3:], ragged[3:], stream=1, offset=5)],
-        [operand_of(whole, whole, stream=0x80000003, offset=2**36 + 8)],
-        [operand_of(whole, whole, offset=2**34 - 2 * BLOCK - 8)],  # the counter carries
+        [operand_of(carrying, carrying, offset=2**34 - 2 * BLOCK - 8)],
         [operand_of(transposed, transposed, offset=2**64 - 2800)],
         [operand_of(shard, shard, stream=2, offset=11, row_stride=64)],
         [operand_of(w, w, stream=i) for i, w in enumerate(layer)],
+        [operand_of(short[0], short[0]), operand_of(tall[:, 1:30], tall[:, 1:30], stream=1)],
         *([operand_of(w, w, offset=n)] for n, w in enumerate(short)),
+        [operand_of(whole, whole, stream=0x80000003, offset=2**36 + 8)],
     ]
 
 
 def checker(kernel: str, dtype: torch.dtype) -> Callable[[str], None]:
-    """Runs all cases on PTX source; raises where bits differ, of the result or around it."""
+    """Runs all cases on PTX source; raises where bits or the number of instructions differ."""
     op = kernel.split("_")[0]
-    prepared = [(case, [memory_after(op, operand) for operand in case]) for case in cases(dtype)]
+    right = nvcc_ptx(CSRC / f"{op}.cu", 90)
+    # The instructions are counted on weights of their own.
+    counts = [run(op, dtype, case, right) for case in cases(dtype)]
+    memories = [[memory_after(op, operand) for operand in case] for case in cases(dtype)]
+    prepared = list(zip(cases(dtype), memories, counts, strict=True))
 
     def check(source: str) -> None:
-        for case, right in prepared:
+        for case, memories, count in prepared:
             before = [operand.out.untyped_storage().clone() for operand in case]
             try:
-                run(op, dtype, case, source)
-                for operand, memory in zip(case, right, strict=True):
+                # Another way to the right bits is a longer one.
+                assert run(op, dtype, case, source) == count
+                for operand, memory in zip(case, memories, strict=True):
                     assert_same_bits(memory_of(operand.out), memory)
             finally:
                 for operand, storage in zip(case, before, strict=True):
@@ -94,14 +101,13 @@ def memory_after(op: str, operand: Operand) -> Tensor:
     return memory
 
 
-def run(op: str, dtype: torch.dtype, case: Sequence[Operand], source: str) -> None:
+def run(op: str, dtype: torch.dtype, case: Sequence[Operand], source: str) -> int:
     device, code = Device(sources={op: source}), DTYPE_CODES[dtype]
     parts = device.parts(case)
     directions = Directions(1, seed=SEED, query=QUERY, scale=SCALE)
     if op == "gaussian":
-        device.run(op, _C.gpu.gaussian(code, parts, directions))
-    else:
-        device.run(op, _C.gpu.perturb(code, code, parts, directions))
+        return device.run(op, _C.gpu.gaussian(code, parts, directions))
+    return device.run(op, _C.gpu.perturb(code, code, parts, directions))
 
 
 def candidates(kernel: str) -> list[Mutant]:

@@ -56,13 +56,16 @@ class Device:
                 result.append(part._replace(out=out, base=base))
         return result
 
-    def run(self, op: str, launches: Sequence[_C.gpu.Launch]) -> None:
-        """Executes what a GPU would be given."""
+    def run(self, op: str, launches: Sequence[_C.gpu.Launch]) -> int:
+        """Executes what a GPU would be given; returns the simulator's count of instructions."""
+        count = 0
         for planned in launches:
             source = self.sources.get(op) or nvcc_ptx(CSRC / f"{op}.cu", self.architecture)
             threads = _C.gpu.THREADS
             entry = kernel(source, planned.kernel)
-            launch(entry, self.memory, [planned.argument], grid=planned.blocks, block=threads)
+            grid = planned.blocks
+            count += launch(entry, self.memory, [planned.argument], grid=grid, block=threads)
+        return count
 
 
 @functools.lru_cache(maxsize=64)

@@ -39,7 +39,7 @@ def launch(
     grid: Size,
     block: Size,
     dynamic_shared: int = 0,
-) -> None:
+) -> int:
     """Run a kernel over a grid; the arrays in `memory` change in place.
 
     Args:
@@ -50,12 +50,16 @@ def launch(
         block: threads of a CTA, likewise.
         dynamic_shared: bytes of shared memory beyond the kernel's own.
 
+    Returns:
+        How many instructions were carried out, each once for the threads that took it together:
+        what tells a long way to the right result from a short one.
+
     Raises:
         PtxError: what the kernel did wrong, and in which statement.
     """
     machine = Machine(kernel, memory, arguments, _three(grid), _three(block), dynamic_shared)
     with np.errstate(all="ignore"):
-        machine.run()
+        return machine.run()
 
 
 def _three(size: Size) -> tuple[int, ...]:
@@ -105,12 +109,15 @@ class Machine:
                 name, np.frombuffer(content, np.uint8), len(content), None
             )
 
-    def run(self) -> None:
-        ctas = int(np.prod(self.grid))
+    def run(self) -> int:
+        """Runs all CTAs; returns how many instructions the sets of them took."""
+        ctas, total = int(np.prod(self.grid)), 0
         together = max(1, LANES // self.padded)
         for first in range(0, ctas, together):
             self._start(np.arange(first, min(first + together, ctas)))
             self._run_together()
+            total += self.steps
+        return total
 
     # What instructions use.
 
