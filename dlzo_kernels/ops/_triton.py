@@ -286,7 +286,7 @@ def plans(
     # A thread reads or writes 16 bytes at a time.
     vector = 16 // min(out.itemsize, base.itemsize)
     in_memory = any((directions.seeds, directions.queries, directions.scales))
-    fixed = {"OUT": _dtype(out), "BASE": _dtype(base), "VECTOR": vector, "IN_MEMORY": in_memory}
+    fixed = {"OUT": dtype_of(out), "BASE": dtype_of(base), "VECTOR": vector, "IN_MEMORY": in_memory}
     scale = float(directions.scale)
     directions = directions._replace(seed=to_signed(directions.seed), scale=scale)
     pieces = [piece for part in parts for piece in _pieces(part, out.itemsize, base.itemsize)]
@@ -296,7 +296,7 @@ def plans(
         yield Plan(kernel, programs, everything, {**fixed, **constants})
 
 
-def _dtype(dtype: torch.dtype) -> Any:
+def dtype_of(dtype: torch.dtype) -> Any:
     """The same type in Triton's language."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
@@ -322,7 +322,7 @@ def _packed(pieces: Sequence[_Piece]) -> tuple[Parts, int, int]:
         programs += -(-tiles // (n * length))
     # Each tuple length is a variant to compile: powers of two. What fills up is never selected.
     unused = (1 << 62, *rows[0][1:])
-    rows += [unused] * ((1 << _log2(len(rows))) - len(rows))
+    rows += [unused] * ((1 << log2(len(rows))) - len(rows))
     return Parts(*zip(*rows, strict=True)), programs, length
 
 
@@ -343,7 +343,7 @@ def _pieces(part: Part, out_size: int, base_size: int) -> Iterator[_Piece]:
     blocks = (phase + part.columns + 3) // 4
     # Narrow where there are enough rows, so that little sticks out of them.
     tile = ODD.value // 4
-    log_width = min(_log2(blocks), max(5, _log2(tile) - _log2(part.rows)))
+    log_width = min(log2(blocks), max(5, log2(tile) - log2(part.rows)))
     tiles_per_row = -(-blocks >> log_width)
     tiles = tiles_per_row * -(-part.rows // (tile >> log_width))
     yield _Piece(part, tiles, tiles_per_row, log_width)
@@ -359,7 +359,7 @@ def _is_aligned(part: Part) -> bool:
     )
 
 
-def _log2(x: int) -> int:
+def log2(x: int) -> int:
     """Rounded up."""
     return (x - 1).bit_length()
 
