@@ -11,7 +11,7 @@ from torch import Tensor
 from dlzo_kernels import _C
 from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import DTYPE_CODES, LIBRARY, check_tensor, is_eager, threads
-from dlzo_kernels.ops._triton import Plan, constant, dtype_of, jit, launch, log2, tl
+from dlzo_kernels.ops._triton import Plan, aligned, constant, dtype_of, jit, launch, tl
 
 LIBRARY.define("activation_stats(Tensor x, str per) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
@@ -206,12 +206,17 @@ def _added(
 
 
 @jit
+def _sum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    return a + b
+
+
+@jit
 def _tree(x: tl.tensor) -> tl.tensor:
     """The sum of all positions by a tree of neighbours."""
     for level in tl.static_range(_LOG_POSITIONS):
-        a, b = tl.split(tl.reshape(x, (_POSITIONS >> (level + 1), 2)))
-        x = a + b
-    return tl.sum(x, 0)
+        # Two at a time: what order tl.reduce takes more of them in is its own affair.
+        x = tl.reduce(tl.reshape(x, (_POSITIONS >> (level + 1), 2)), 1, _sum)
+    return tl.reduce(x, 0, _sum)
 
 
 @jit
@@ -330,16 +335,14 @@ def _write(
 
 
 @jit
-def _run_sums(
-    x: tl.tensor, count: tl.tensor, pivot: tl.tensor, scale: tl.tensor, ALIGNED: tl.constexpr
-) -> _Sums:
+def _run_sums(x: tl.tensor, count: tl.tensor, pivot: tl.tensor, scale: tl.tensor) -> _Sums:
     """Scalar sums over the values of a run, in float64."""
     position = tl.arange(0, _POSITIONS)
     sums = _no_sums(_POSITIONS, tl.float32)
     steps = count // _POSITIONS
     for step in tl.range(0, steps, loop_unroll_factor=4):
         at = step * _POSITIONS + position
-        value = tl.load((tl.multiple_of(x, 16) if ALIGNED else x) + at)
+        value = tl.load(x + at)
         sums = _added(sums, value.to(tl.float32), at, pivot, scale)
     at = steps * _POSITIONS + position
     value = tl.load(x + at, mask=at < count, other=0).to(tl.float32)
@@ -357,7 +360,10 @@ def _run_kernel(
     """The moments of one run of a row of x."""
     program = tl.program_id(0).to(tl.int64)
     row, start = program // room.pieces, program % room.pieces * _RUN
-    x = x.to(tl.pointer_type(DTYPE)) + row * columns + start
+    if ALIGNED:
+        x = aligned(x, DTYPE) + (row * (columns // 8) * 8 + start)
+    else:
+        x = x.to(tl.pointer_type(DTYPE)) + (row * columns + start)
     count = tl.minimum(columns - start, _RUN).to(tl.int32)
 
     position = tl.arange(0, _POSITIONS)
@@ -371,7 +377,7 @@ def _run_kernel(
     sums = _Sums(zero, zero, zero, zero, -one, -one)
     scale, moved, again = one.to(tl.float32), one == 0, one == 1
     while again:
-        sums = _run_sums(x, count, pivot, scale, ALIGNED)
+        sums = _run_sums(x, count, pivot, scale)
         pivot, scale, moved, again = _improved(sums, n, pivot, scale, moved)
     _write(_moments(sums, n, start, pivot, scale), row, program, room, None)
 
@@ -429,50 +435,91 @@ def _column_kernel(
 
 
 @jit
-def _neighbours(
-    x: tl.tensor, OUTPUTS: tl.constexpr, LOG_PAIRS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    return tl.split(tl.reshape(x, (OUTPUTS, 1 << LOG_PAIRS, 2)))
+def _combined_neighbours(
+    count_a: tl.tensor,
+    mean_a: tl.tensor,
+    m2_a: tl.tensor,
+    m3_a: tl.tensor,
+    m4_a: tl.tensor,
+    key_a: tl.tensor,
+    at_a: tl.tensor,
+    place_a: tl.tensor,
+    count_b: tl.tensor,
+    mean_b: tl.tensor,
+    m2_b: tl.tensor,
+    m3_b: tl.tensor,
+    m4_b: tl.tensor,
+    key_b: tl.tensor,
+    at_b: tl.tensor,
+    place_b: tl.tensor,
+) -> tuple[tl.tensor, ...]:
+    """For tl.reduce, which does not say in which order it gives the two: `place` does."""
+    a = _Moments(count_a, mean_a, m2_a, m3_a, m4_a, key_a, at_a)
+    b = _Moments(count_b, mean_b, m2_b, m3_b, m4_b, key_b, at_b)
+    swapped = place_b < place_a
+    lower = _Moments(*[tl.where(swapped, b[i], a[i]) for i in (0, 1, 2, 3, 4, 5, 6)])
+    upper = _Moments(*[tl.where(swapped, a[i], b[i]) for i in (0, 1, 2, 3, 4, 5, 6)])
+    both = _combined(lower, upper)
+    place = tl.minimum(place_a, place_b)
+    return both.count, both.mean, both.m2, both.m3, both.m4, both.key, both.at, place
+
+
+class _Layout(NamedTuple):
+    """How partial moments lie: that of a piece of an output at output * step + piece * piece_step.
+
+    Attributes:
+        length: values of an output.
+        size: values of a piece; the last one has the rest.
+    """
+
+    length: int
+    size: int
+    output_step: int
+    piece_step: int
+
+
+@jit
+def _partials(output: tl.tensor, piece: tl.tensor, layout: _Layout, room: _Room) -> _Moments:
+    """Of pieces that need not exist; those are empty."""
+    inside = (piece < room.pieces) & (output < room.outputs)
+    values = tl.minimum(layout.length - piece * layout.size, layout.size)
+    at, size = output * layout.output_step + piece * layout.piece_step, room.outputs * room.pieces
+    moments = room.partials.to(tl.pointer_type(tl.float64)) + at
+    largest = room.partials.to(tl.pointer_type(tl.int64)) + at
+    return _Moments(
+        tl.where(inside, values, 0).to(tl.float64),
+        tl.load(moments, mask=inside, other=0),
+        tl.load(moments + size, mask=inside, other=0),
+        tl.load(moments + 2 * size, mask=inside, other=0),
+        tl.load(moments + 3 * size, mask=inside, other=0),
+        tl.load(largest + 4 * size, mask=inside, other=0),
+        tl.load(largest + 5 * size, mask=inside, other=0),
+    )
+
+
+@jit
+def _pairs(x: tl.tensor, OUTPUTS: tl.constexpr, LOG_COUNT: tl.constexpr) -> tl.tensor:
+    return tl.reshape(x, (OUTPUTS, 1 << LOG_COUNT, 2))
 
 
 @jit
 def _combine_kernel(
-    length: tl.tensor,
-    size: tl.tensor,
-    output_step: tl.tensor,
-    piece_step: tl.tensor,
-    room: _Room,
-    LOG_POSITIONS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
+    layout: _Layout, room: _Room, LOG_POSITIONS: tl.constexpr, OUTPUTS: tl.constexpr
 ) -> None:
-    """Results from their pieces, of `size` out of `length` values each, the last one's the rest."""
-    output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
-    moments = room.partials.to(tl.pointer_type(tl.float64))
-    largest = room.partials.to(tl.pointer_type(tl.int64))
-    fields = room.outputs * room.pieces
-    zero = tl.zeros((OUTPUTS, 1 << LOG_POSITIONS), tl.float64)
-    none = tl.zeros((OUTPUTS, 1 << LOG_POSITIONS), tl.int64)
-    total = _Moments(zero, zero, zero, zero, zero, none, none)
-    for first in range(0, room.pieces, 1 << LOG_POSITIONS):
-        piece = first + tl.arange(0, 1 << LOG_POSITIONS)[None, :]
-        inside = (piece < room.pieces) & (output < room.outputs)
-        count = tl.where(inside, tl.minimum(length - piece * size, size), 0).to(tl.float64)
-        at = output * output_step + piece * piece_step
-        more = _Moments(
-            count,
-            tl.load(moments + at, mask=inside, other=0),
-            tl.load(moments + fields + at, mask=inside, other=0),
-            tl.load(moments + 2 * fields + at, mask=inside, other=0),
-            tl.load(moments + 3 * fields + at, mask=inside, other=0),
-            tl.load(largest + 4 * fields + at, mask=inside, other=0),
-            tl.load(largest + 5 * fields + at, mask=inside, other=0),
-        )
-        total = _combined(total, more)
+    """The results of OUTPUTS outputs from their partial moments."""
+    output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    position = tl.arange(0, 1 << LOG_POSITIONS)[None, :]
+    m = _partials(output[:, None], position, layout, room)
+    for first in range(1 << LOG_POSITIONS, room.pieces, 1 << LOG_POSITIONS):
+        m = _combined(m, _partials(output[:, None], first + position, layout, room))
+    place = tl.broadcast_to(position, (OUTPUTS, 1 << LOG_POSITIONS))
+    tree = (m.count, m.mean, m.m2, m.m3, m.m4, m.key, m.at, place)
     for level in tl.static_range(LOG_POSITIONS):
-        pairs = [_neighbours(field, OUTPUTS, LOG_POSITIONS - level - 1) for field in total]
-        lower, upper = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        total = _combined(_Moments(*lower), _Moments(*upper))
-    _write_results(total, output, room, output < room.outputs)
+        pairs = [_pairs(field, OUTPUTS, LOG_POSITIONS - level - 1) for field in tree]
+        tree = tl.reduce(pairs, 2, _combined_neighbours)
+    tree = [tl.reshape(field, (OUTPUTS,)) for field in tree]
+    results = _Moments(*[tree[i] for i in (0, 1, 2, 3, 4, 5, 6)])
+    _write_results(results, output, room, output < room.outputs)
 
 
 def triton_plans(
@@ -491,22 +538,17 @@ def triton_plans(
         room = _Room(*results, workspace, channels, pieces)
         programs = -(-channels // _CHANNELS.value) * pieces
         yield Plan(_column_kernel, programs, (x, rows, channels, room), constants, num_warps=1)
-        sizes = (rows, _SEGMENT.value, 1, channels)
+        layout = _Layout(rows, _SEGMENT.value, output_step=1, piece_step=channels)
     else:
         outputs, columns = (1, rows * channels) if reduction == 0 else (rows, channels)
         pieces = -(-columns // _RUN.value)
         room = _Room(*results, workspace, outputs, pieces)
-        constants["ALIGNED"] = x % 16 == 0 and (outputs == 1 or columns * dtype.itemsize % 16 == 0)
+        constants["ALIGNED"] = x % 16 == 0 and (outputs == 1 or columns % 8 == 0)
         yield Plan(_run_kernel, outputs * pieces, (x, columns, room), constants, num_warps=1)
-        sizes = (columns, _RUN.value, pieces, 1)
+        layout = _Layout(columns, _RUN.value, output_step=pieces, piece_step=1)
     if pieces > 1:
-        log_positions = min(log2(pieces), _LOG_POSITIONS.value)
-        side_by_side = min(_POSITIONS.value >> log_positions, 1 << log2(room.outputs))
+        # Few variants to compile; positions beyond the last piece are empty.
+        log_positions, side_by_side = (4, 8) if pieces <= 16 else (6, 2) if pieces <= 64 else (8, 1)
+        programs = -(-room.outputs // side_by_side)
         constants = {"LOG_POSITIONS": log_positions, "OUTPUTS": side_by_side}
-        yield Plan(
-            _combine_kernel,
-            -(-room.outputs // side_by_side),
-            (*sizes, room),
-            constants,
-            num_warps=1,
-        )
+        yield Plan(_combine_kernel, programs, (layout, room), constants, num_warps=1)
