@@ -465,7 +465,7 @@ def _combined_neighbours(
 
 
 class _Layout(NamedTuple):
-    """How partial moments lie: that of a piece of an output at output * step + piece * piece_step.
+    """Where partial moments lie: at output * output_step + piece * piece_step.
 
     Attributes:
         length: values of an output.
