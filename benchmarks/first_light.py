@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from dlzo.config import TrainConfig
 from dlzo.files import replace_file
 from dlzo.models import load_model
 from dlzo.probe import probe
-from dlzo.trainer import TrainConfig, train
+from dlzo.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model
+from dlzo.sampler import batch_indices, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import get_task, load_split
-from dlzo.trainer import batch_indices, step_seed
 from dlzo_kernels import zo_step
 
 RESULTS = Path(__file__).resolve().parent / "results" / "numerics.csv"

@@ -31,12 +31,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from dlzo import files  # noqa: E402
+from dlzo.config import TrainConfig  # noqa: E402
 from dlzo.errors import UserError  # noqa: E402
 from dlzo.files import replace_file  # noqa: E402
 from dlzo.journal import Reader, compact  # noqa: E402
+from dlzo.metrics import HistoryEntry  # noqa: E402
 from dlzo.models import decoder_layers  # noqa: E402
 from dlzo.replay import apply_steps  # noqa: E402
-from dlzo.trainer import HistoryEntry, TrainConfig, resume, train  # noqa: E402
+from dlzo.trainer import resume, train  # noqa: E402
 from fuzz import CORPUS, mutants, outcome  # noqa: E402
 from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, write_data  # noqa: E402
 from tiny import tiny_model  # noqa: E402

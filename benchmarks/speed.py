@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model, parse_dtype
+from dlzo.sampler import batch_indices, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example, get_task, load_split
-from dlzo.trainer import batch_indices, step_seed
 from dlzo_kernels import perturb_, zo_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,19 +57,27 @@ class Contestants:
         self.model, _ = load_model("smollm2", dtype=parse_dtype(dtype))
         self.layer = decoder_layers(self.model)[LAYER]
 
-    def steps(self, task: str, examples: list[Example], seed: int) -> Iterator[tuple[str, Step]]:
-        """(variant, step) in turn; what a step needs is made before it is handed out."""
+    def steps(
+        self, task: str, examples: list[Example], seed: int
+    ) -> Iterator[tuple[str, int, Step]]:
+        """(variant, positions, step) in turn; what a step needs is made before it is handed out.
+
+        Positions are those of tokens that a layer above the tuned one computes for one state.
+        """
         training_loss = get_task(task).loss
-        padded = encode_batch(self.plain, self.tokenizer, examples, training_loss)
-        plain, batch = self.plain, padded
-        yield "two_inferences", lambda: (forward(plain, batch), forward(plain, batch))
+        plain = self.plain
+        batch = encode_batch(plain, self.tokenizer, examples, training_loss)
+        padded = batch.input_ids.numel()
+        yield "two_inferences", padded, lambda: (forward(plain, batch), forward(plain, batch))
         yield (
             "mezo",
+            padded,
             lambda: mezo_step(plain, lambda: batch_loss(plain, batch), eps=EPS, lr=LR, seed=seed),
         )
-        yield "mezo_our_kernels", lambda: mezo_step_with_kernels(plain, batch, seed)
+        yield "mezo_our_kernels", padded, lambda: mezo_step_with_kernels(plain, batch, seed)
         yield (
             "one_layer_plain_loop",
+            padded,
             lambda: zo_step(
                 self.layer, seed, EPS, LR, closure=lambda: batch_loss(self.model, batch)
             ),
@@ -80,7 +88,8 @@ class Contestants:
             scorer = Scorer(self.model, self.tokenizer, self.layer, loss=training_loss, cache=cache)
             encoded = scorer.encode(examples)
             scorer.cache_prefixes(encoded)
-            yield variant, lambda: our_step(scorer, encoded, seed)  # noqa: B023
+            positions = scorer.plan(encoded).positions
+            yield variant, positions, lambda: our_step(scorer, encoded, seed)  # noqa: B023
 
 
 def our_step(scorer: Scorer, encoded: list, seed: int) -> None:
@@ -122,14 +131,14 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
             for number in range(1, rounds + 1):
                 chosen = batch_indices(0, number, len(rows), BATCH_SIZE)
                 examples = [rows[i] for i in chosen]
-                for variant, step in contestants.steps(task, examples, step_seed(0, number)):
+                steps = contestants.steps(task, examples, step_seed(0, number))
+                for variant, positions, step in steps:
                     if (dtype, task, str(number), variant) in done:
                         continue
                     if variant not in warm:
                         step()
                         warm.add(variant)
                     ms = milliseconds(step)
-                    positions = computed(contestants, task, examples, variant)
                     append(dtype, task, number, variant, f"{ms:.1f}", positions)
 
 
@@ -137,18 +146,6 @@ def milliseconds(step: Step) -> float:
     started = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - started)
-
-
-def computed(contestants: Contestants, task: str, examples: list[Example], variant: str) -> int:
-    """Token positions that a layer above the tuned one computes for one state."""
-    model, tokenizer = contestants.model, contestants.tokenizer
-    loss = get_task(task).loss
-    if not variant.startswith("ours"):
-        return encode_batch(model, tokenizer, examples, loss).input_ids.numel()
-    if loss == "gold":
-        examples = [example.gold_only() for example in examples]
-    scorer = Scorer(model, tokenizer)
-    return scorer.plan(scorer.encode(examples)).positions
 
 
 def read_times() -> list[dict[str, str]]:

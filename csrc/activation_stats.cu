@@ -48,11 +48,10 @@ struct Terms {
 template <class Sweep>
 DLZO_DEVICE Moments moments_of(int64_t count, float pivot, Sweep sweep) {
   const double n = (double)count;
-  double scale = 1;
   if (!is_finite(pivot)) pivot = 0;
   Sums sums = sweep(pivot, 1.0f);
   const uint32_t largest = sums.largest;
-  scale = scale_for(__uint_as_float(largest));
+  const double scale = fmin(scale_for(__uint_as_float(largest)), 0x1p127);  // a float32
   if (scale != 1) {
     pivot = 0;
     sums = sweep(pivot, (float)scale);

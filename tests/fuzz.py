@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
-from dlzo import trainer
 from dlzo.adapter import read_config
+from dlzo.config import parse_config
 from dlzo.errors import UserError
 from dlzo.journal import Reader
 from dlzo.run import read_settings
@@ -27,7 +27,7 @@ def read_journal(path: Path) -> str | None:
 
 
 def read_run(path: Path) -> None:
-    trainer._config(read_settings(path.parent)["config"], path.parent)
+    parse_config(read_settings(path.parent)["config"], path.parent)
 
 
 def read_adapter(path: Path) -> None:

@@ -20,10 +20,13 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 
+from dlzo import trainer
 from dlzo.distributed import joined, rank, size
 from dlzo.errors import UserError
+from dlzo.metrics import HistoryEntry
 from dlzo.models import decoder_layers
-from dlzo.trainer import HistoryEntry, resume, train
+from dlzo.scoring import PrefixCache
+from dlzo.trainer import resume, train
 from dlzo_kernels import zo_replay, zo_step
 from runs import CONFIG, TOKENIZER
 from tiny import tiny_model
@@ -57,6 +60,42 @@ def whole_runs(folder: Path) -> None:
     model = tiny_model()
     resume(model, TOKENIZER, folder / "taken up")
     save(model, folder / "taken up")
+
+
+class WatchedCache(PrefixCache):
+    """Tells what was put in, and what of it was asked for and used."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.kept, self.asked, self.used = set(), set(), set()
+        WatchedCache.last = self
+
+    def put(self, tokens, hidden):
+        self.kept.add(tokens)
+        super().put(tokens, hidden)
+
+    def __contains__(self, tokens):
+        self.asked.add(tokens)
+        return super().__contains__(tokens)
+
+    def get(self, tokens):
+        self.used.add(tokens)
+        return super().get(tokens)
+
+
+def caching(folder: Path) -> None:
+    """All that a rank scores comes from its cache; in one epoch, nothing was cached in vain."""
+    trainer.PrefixCache = WatchedCache
+    for name, changes in (
+        ("one epoch", {"steps": 5}),
+        ("two epochs", {"steps": 10}),
+        ("directions", {"steps": 5, "directions": size()}),
+    ):
+        config = replace(SHORT, **changes)
+        train(tiny_model(), TOKENIZER, config, folder / "data", folder / name)
+        cache = WatchedCache.last
+        assert cache.asked == cache.kept >= cache.used, name
+        assert (cache.kept == cache.used) == (name == "one epoch"), name
 
 
 def differing(folder: Path) -> None:

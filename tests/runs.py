@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from dlzo.trainer import TrainConfig
+from dlzo.config import TrainConfig
 from tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(" terrible", " great")

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dlzo_kernels
 from dlzo_kernels import _C
 from dlzo_kernels.backends import report
+from dlzo_kernels.ops import _gpu
 
 
 def import_with(isa: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -89,3 +91,31 @@ def test_the_source_without_the_extension_says_what_to_do(tmp_path):
     )
     assert "is the source of dlzo_kernels, without its compiled extension" in done.stderr
     assert "pip install -e ." in done.stderr
+
+
+@pytest.mark.parametrize("column", _gpu.COLUMNS)
+def test_a_gpu_column_that_cannot_run_is_refused(monkeypatch, column):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_gpu, "_selected", [])
+    with pytest.raises(ValueError, match=f"the GPU column '{column}' cannot run here: "):
+        _gpu.select(column)
+    with pytest.raises(ValueError, match="unknown GPU column 'metal'; choose one of cuda, triton"):
+        _gpu.select("metal")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_asking_for_a_gpu_where_there_is_none_says_so():
+    with pytest.raises(ValueError, match=r"no GPU column can run here \(cuda: "):
+        dlzo_kernels.gaussian((3,), 1, device="cuda")
+    if hasattr(_C, "cuda"):
+        assert _C.cuda.why_no_device().startswith("no CUDA device (")
+
+
+def test_the_first_column_that_can_run_is_used_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(_gpu, "_selected", [])
+    monkeypatch.setattr(_gpu, "why_not", lambda name: "it is broken" if name == "cuda" else "")
+    assert _gpu.selected() == "triton"
+    monkeypatch.setattr(_gpu, "_selected", [])
+    monkeypatch.setenv("DLZO_GPU", "cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot run here: it is broken"):
+        _gpu.selected()

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from dlzo import cli
+from dlzo.config import TrainConfig
 from dlzo.models import load_model
-from dlzo.trainer import TrainConfig, train
+from dlzo.trainer import train
 from tiny import byte_tokenizer, tiny_model
 
 

@@ -118,6 +118,12 @@ def test_a_stopped_run_goes_on_with_the_same_or_another_number_of_ranks(runs, tm
     assert_close(folder / "examples", tmp_path / "alone")
 
 
+def test_a_rank_caches_what_it_scores(tmp_path):
+    write_data(tmp_path / "data")
+    for code, error in start("caching", tmp_path, 3):
+        assert code == 0, error
+
+
 def test_what_differs_between_ranks_is_said_and_by_which(tmp_path):
     write_data(tmp_path / "data")
     write_data(tmp_path / "other")

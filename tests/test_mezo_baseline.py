@@ -31,17 +31,23 @@ EXAMPLES = [
     Example("bad It was ", (" no", " so very good\n"), 0),
     Example(" It was late , so", (" she left", " he", " nobody came at all"), 2),
 ]
+WIDTH = 48  # the longest text has 44 tokens
 FAMILIES = ["llama", "gpt2", "opt"]
 
 
+def model_and_batch(loss="options", family="llama", dtype=torch.float32):
+    model = tiny_model(family, dtype)
+    return model, mezo.encode_batch(model, byte_tokenizer(), EXAMPLES, loss)
+
+
 @torch.no_grad()
-def option_log_probs(family, example, option, width):
-    """The log-probabilities of an option's tokens, in float64, of a row padded to `width`."""
+def option_log_probs(family, example, option):
+    """The log-probabilities of an option's tokens, in float64, of a row padded to WIDTH."""
     model, tokenizer = tiny_model(family, torch.float64), byte_tokenizer()
     prompt = tokenizer(example.prompt.strip(" ")).input_ids
     tokens = tokenizer((example.prompt + option).strip(" ")).input_ids
     # GPT-2 counts its absolute positions from the padding's beginning.
-    first = width - len(tokens) if family == "gpt2" else 0
+    first = WIDTH - len(tokens) if family == "gpt2" else 0
     positions = torch.arange(first, first + len(tokens))[None]
     log_probs = model(torch.tensor([tokens]), position_ids=positions).logits[0].log_softmax(-1)
     return torch.stack([log_probs[i - 1, tokens[i]] for i in range(len(prompt), len(tokens))])
@@ -49,13 +55,11 @@ def option_log_probs(family, example, option, width):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_over_options_equals_one_by_one_forwards(family):
-    model = tiny_model(family)
-    batch = mezo.encode_batch(model, byte_tokenizer(), EXAMPLES, "options")
-    rows, width = batch.input_ids.shape
-    assert (rows, width) == (7, 48)
+    model, batch = model_and_batch("options", family)
+    assert batch.input_ids.shape == (7, WIDTH)
     losses = []
     for example in EXAMPLES:
-        means = [option_log_probs(family, example, o, width).mean() for o in example.options]
+        means = [option_log_probs(family, example, o).mean() for o in example.options]
         losses.append(F.cross_entropy(torch.stack(means), torch.tensor(example.gold)))
     expected = torch.stack(losses).mean().item()
     assert mezo.batch_loss(model, batch).item() == pytest.approx(expected, abs=1e-5)
@@ -63,11 +67,9 @@ def test_loss_over_options_equals_one_by_one_forwards(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_of_gold_options_is_the_mean_over_their_tokens(family):
-    model = tiny_model(family)
-    batch = mezo.encode_batch(model, byte_tokenizer(), EXAMPLES, "gold")
-    rows, width = batch.input_ids.shape
-    assert (rows, width) == (3, 48)
-    tokens = [option_log_probs(family, e, e.options[e.gold], width) for e in EXAMPLES]
+    model, batch = model_and_batch("gold", family)
+    assert batch.input_ids.shape == (3, WIDTH)
+    tokens = [option_log_probs(family, e, e.options[e.gold]) for e in EXAMPLES]
     expected = -torch.cat(tokens).mean().item()
     assert mezo.batch_loss(model, batch).item() == pytest.approx(expected, abs=1e-5)
 
@@ -98,8 +100,7 @@ def noise_of(seed, parameters):
 
 @pytest.mark.parametrize("lr", [0.0, 1e-3])
 def test_step_is_the_two_point_formula(lr):
-    model = tiny_model(dtype=torch.float64)
-    batch = mezo.encode_batch(model, byte_tokenizer(), EXAMPLES, "options")
+    model, batch = model_and_batch(dtype=torch.float64)
     tuned = list(model.parameters())
     before = [parameter.detach().clone() for parameter in tuned]
     noise = noise_of(7, tuned)
@@ -126,9 +127,8 @@ def test_step_is_the_two_point_formula(lr):
     ("dtype", "drift"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
 )
 def test_without_a_step_size_the_weights_drift_by_rounding(dtype, drift):
-    model = tiny_model(dtype=dtype)
+    model, batch = model_and_batch(dtype=dtype)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    batch = mezo.encode_batch(model, byte_tokenizer(), EXAMPLES, "options")
     mezo.mezo_step(model, lambda: mezo.batch_loss(model, batch), eps=1e-3, lr=0, seed=7)
     after = [parameter.detach() for parameter in model.parameters()]
     assert not all(torch.equal(new, old) for new, old in zip(after, before, strict=True))
@@ -152,13 +152,13 @@ def test_noise_is_drawn_four_times_in_the_parameters_dtype(monkeypatch):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_only_what_is_tuned_moves(given):
-    model = tiny_model("gpt2").train()
+    model, batch = model_and_batch("gold", "gpt2")
+    model.train()
     layer = decoder_layers(model)[1]
     if not given:
         model.requires_grad_(False)
         layer.requires_grad_(True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    batch = mezo.encode_batch(model, byte_tokenizer(), EXAMPLES, "gold")
     tuned = layer.parameters() if given else None
     mezo.mezo_step(model, lambda: mezo.batch_loss(model, batch), tuned, eps=1e-3, lr=1e-3, seed=7)
     own = {id(parameter) for parameter in layer.parameters()}

@@ -103,6 +103,17 @@ def test_tuning_the_layer_leaves_the_cache_good():
     assert cache.used_bytes > 0
 
 
+def test_a_file_that_is_gone_since_the_plan_is_not_missed(tmp_path):
+    scorer = cached_scorer(PrefixCache(0, tmp_path))
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    plan = scorer.plan(batch)
+    expected = scorer.losses(plan)
+    for path in sorted(tmp_path.iterdir())[::2]:
+        path.unlink()
+    assert scorer.losses(plan) == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     scorer = cached_scorer(PrefixCache(0, tmp_path))
     batch = scorer.encode(EXAMPLES)

@@ -6,11 +6,12 @@ import json
 
 import torch
 
+from dlzo.config import TrainConfig
 from dlzo.demo import demo_data
 from dlzo.evaluation import evaluate
 from dlzo.models import load_model
 from dlzo.probe import probe
-from dlzo.trainer import TrainConfig, train
+from dlzo.trainer import train
 
 
 def test_the_dominant_layer_is_11(smollm2):

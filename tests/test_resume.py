@@ -16,6 +16,7 @@ from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.journal import Reader, Writer, create
 from dlzo.records import Event, Step
+from dlzo.scoring import PrefixCache
 from dlzo.trainer import resume, train
 from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, write_data
 from tiny import tiny_model
@@ -158,6 +159,23 @@ def test_a_finished_run_is_left_as_it_is(data, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_only_what_is_left_to_score_is_cached(data, tmp_path, monkeypatch):
+    caches = []
+
+    def watched(*args):
+        caches.append(PrefixCache(*args))
+        return caches[-1]
+
+    monkeypatch.setattr(trainer, "PrefixCache", watched)
+    with monkeypatch.context() as patch:
+        # The test of the best weights, after the untuned model's and the validations.
+        stop_in_call(patch, "evaluate", 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), TOKENIZER, SHORT, data, tmp_path / "out")
+    resume(tiny(), TOKENIZER, tmp_path / "out")
+    assert [cache.used_bytes > 0 for cache in caches] == [True, False]
+
+
 def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
     out = stopped_run(data, tmp_path / "out")
     journal = (out / "journal.zo").read_bytes()
@@ -181,7 +199,7 @@ def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 9}, "version 9"),
+        ({"version": 9}, "version 9 and this dlzo reads version 1"),
         ({"data": 1}, "no valid 'data'"),
         ({"config": {"task": "sst2", "steps": "six"}}, "no valid 'steps'"),
         ({"config": {"task": "sst2", "shell": "rm"}}, "no valid 'shell'"),

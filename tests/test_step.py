@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -460,3 +461,32 @@ def test_a_loss_above_the_limit_moves_nothing():
     assert result.losses_minus == (5.0,)
     assert_untouched(layer, before)
     assert zo_step(layer, 1, 1e-2, 1e-2).update(3.0, 5.0, max_loss=5.0).applied
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, 99.0])
+@pytest.mark.parametrize("lr", [0.0, 1e-2])
+def test_an_update_from_losses_on_the_device_has_the_bits_of_one_from_numbers(directions, bad, lr):
+    generator = torch.Generator().manual_seed(directions)
+    plus, minus = torch.rand(2, directions, generator=generator)
+    if bad is not None:
+        minus[-1] = bad
+    here, there = layer_of(torch.bfloat16), layer_of(torch.bfloat16)
+    seed = 2**63 + 5
+    steps = [zo_step(layer, seed, 1e-3, lr, directions=directions) for layer in (here, there)]
+    expected = steps[0].update(plus.tolist(), minus.tolist(), max_loss=50.0)
+    got = steps[1]._finish_on(torch.device("cpu"), plus, minus, 50.0)
+    assert got.applied == expected.applied == (bad is None)
+    if bad is None or bad == 99.0:
+        assert got == expected
+    assert_untouched(there, copies(here))
+
+
+def test_a_seed_in_memory_is_the_same_as_the_number():
+    here, there = layer_of(), layer_of()
+    results = [
+        zo_step(layer, seed, 1e-2, 1e-2, closure=lambda layer=layer: loss_of(layer))
+        for layer, seed in ((here, 2**64 - 7), (there, torch.tensor(-7)))
+    ]
+    assert results[0] == results[1]
+    assert_untouched(there, copies(here))

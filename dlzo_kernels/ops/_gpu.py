@@ -30,7 +30,7 @@ def why_not(column: str) -> str:
 
 
 def select(column: str) -> None:
-    """Forces one column, until another is selected; DLZO_GPU does so from the start.
+    """Forces one column, until another is selected.
 
     Raises:
         ValueError: it is neither "cuda" nor "triton", or cannot run here.
@@ -43,15 +43,23 @@ def select(column: str) -> None:
     _selected[:] = [column]
 
 
-def selected() -> str:
-    """The column in use: CUDA where it can run, else Triton, unless one is forced.
+def select_best() -> None:
+    """Selects the column that DLZO_GPU names; else CUDA where it can run, else Triton.
 
     Raises:
-        ValueError: neither can run, or the forced one cannot.
+        ValueError: neither can run, or the named one cannot.
     """
+    runnable = [name for name in COLUMNS if not why_not(name)]
+    if not runnable:
+        reasons = "; ".join(f"{name}: {why_not(name)}" for name in COLUMNS)
+        raise ValueError(f"no GPU column can run here ({reasons})")
+    select(os.environ.get("DLZO_GPU") or runnable[0])
+
+
+def selected() -> str:
+    """The column in use; the best one is found at the first call."""
     if not _selected:
-        forced = os.environ.get("DLZO_GPU")
-        select(forced or next((name for name in COLUMNS if not why_not(name)), COLUMNS[0]))
+        select_best()
     return _selected[0]
 
 

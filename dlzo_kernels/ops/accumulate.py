@@ -87,7 +87,7 @@ def accumulate_(
     Raises:
         ValueError: lengths or shapes differ, a number is out of range, elements share memory.
         TypeError: a dtype is none of the three, or out is given and master is not float32.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     queries = [query] * len(seeds) if isinstance(query, int) else list(query)
     check_directions(seeds, scales, queries, master.device)
@@ -139,14 +139,16 @@ def accumulate_layer(
         seeds: as in `accumulate_`.
         scales: as in `accumulate_`.
         queries: K numbers of directions.
-        gate: one int32 in device memory; 0 there leaves the masters as they are.
+        gate: one int32 in the masters' memory; 0 there leaves them as they are.
         writes_out: False where no out is written.
     """
     for (device, out_dtype, base_dtype), alike in by_kind(operands).items():
         if device.type == "cpu":
-            unsigned = [to_unsigned(int(seed)) for seed in seeds]
+            count = len(queries) if gate is None or gate.item() else 0
+            unsigned = [to_unsigned(int(seed)) for seed in seeds][:count]
+            numbers = [float(scale) for scale in scales][:count]
             for operand in alike:
-                _accumulate_cpu(operand, unsigned, list(map(float, scales)), queries, writes_out)
+                _accumulate_cpu(operand, unsigned, numbers, queries[:count], writes_out)
         else:
             directions, _kept = _gpu.directions(device, seeds, queries, scales)
             dtypes = out_dtype, base_dtype

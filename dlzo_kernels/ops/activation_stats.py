@@ -65,7 +65,7 @@ def activation_stats(
     Raises:
         ValueError: x is empty, or `per` is none of the three, or a 0-d x is not per tensor.
         TypeError: the dtype is none of the three.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     if per not in _REDUCTIONS:
         raise ValueError(f"per must be 'tensor', 'channel' or 'token', not {per!r}")

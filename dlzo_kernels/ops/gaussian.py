@@ -81,9 +81,9 @@ def gaussian(
         A contiguous tensor; |z| <= 6.76 in float32.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or no kernel can run on a GPU here.
         TypeError: the dtype is none of the three.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     shape = tuple(shape)
     check_noise(shape, seed, stream, offset, query, row_stride)
@@ -102,6 +102,8 @@ def _gaussian(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
+    if device.type == "cuda":
+        _gpu.selected()  # before torch complains in its own words
     out = torch.empty(shape, dtype=dtype, device=device)
     check_tensor("the result", out)
     offset, seed = to_unsigned(offset), to_unsigned(seed)

@@ -91,7 +91,7 @@ def perturb_(
     Raises:
         ValueError: a number is out of range, or elements of w share memory.
         TypeError: the dtype is none of the three.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     check_noise(w.shape, seed, stream, offset, query, row_stride)
     check_scale(scale)
@@ -135,7 +135,7 @@ def perturb_into(
     Raises:
         ValueError: as `perturb_`; shapes that differ; out and base overlap without being the same.
         TypeError: a dtype is none of the three, or base is neither float32 nor of out's dtype.
-        NotImplementedError: no kernel was built for the device.
+        NotImplementedError: there is no kernel for the device.
     """
     check_noise(out.shape, seed, stream, offset, query, row_stride)
     check_scale(scale)

@@ -2,12 +2,13 @@
 
 from dlzo import probe
 from dlzo.adapter import load_adapter
+from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.export import export
 from dlzo.models import decoder_layers, load_model
 from dlzo.replay import replay
-from dlzo.trainer import TrainConfig, resume, train
+from dlzo.trainer import resume, train
 from dlzo_kernels import __version__
 
 __all__ = [

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlzo.errors import UserError
-from dlzo.files import parse_json_object, replace_file
+from dlzo.files import parse_versioned, replace_file
 from dlzo.models import decoder_layers
 
 FORMAT = "dlzo-layer"
@@ -29,6 +29,7 @@ VERSION = 2
 WEIGHTS_FILE = "adapter_model.safetensors"
 # As PEFT names the tensors of its adapters.
 PREFIX = "base_model.model."
+_FIELDS = {"base_model": str, "base_fingerprint": str, "dtype": str, "layer": int}
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -182,20 +183,7 @@ def _checked(text: str | None, path: Path) -> dict[str, Any]:
     """The configuration in a text from anywhere."""
     if text is None:
         raise UserError(f"{str(path)!r} is not a dlzo adapter: its metadata has no {FORMAT!r}")
-    try:
-        config = parse_json_object(text)
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} has a damaged configuration: {error}") from error
-    if config.get("version") != VERSION:
-        raise UserError(
-            f"{str(path)!r} has format version {str(config.get('version'))[:60]} and this dlzo "
-            f"reads version {VERSION}: train it again or use the dlzo that wrote it"
-        )
-    fields = {"base_model": str, "base_fingerprint": str, "dtype": str, "layer": int}
-    for field, kind in fields.items():
-        if type(config.get(field)) is not kind:
-            raise UserError(f"{str(path)!r} has no valid {field!r}: train it again")
-    return config
+    return parse_versioned(text, path, VERSION, _FIELDS, "train it again")
 
 
 def _check_tensors(

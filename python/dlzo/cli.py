@@ -27,6 +27,7 @@ from dlzo.adapter import load_adapter
 from dlzo.calibration import read_texts
 from dlzo.cli_journal import app as journal_app
 from dlzo.cli_journal import warn
+from dlzo.config import TrainConfig
 from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
 from dlzo.distributed import from_first_rank, joined, rank
 from dlzo.errors import UserError
@@ -34,13 +35,14 @@ from dlzo.evaluation import evaluate
 from dlzo.export import Form, export
 from dlzo.files import replace_file
 from dlzo.journal import Reader
+from dlzo.metrics import HistoryEntry, Metrics
 from dlzo.models import load_model, parse_dtype
 from dlzo.plots import plot_history, plot_probe
 from dlzo.probe import probe
 from dlzo.replay import replay
 from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
 from dlzo.tasks import Split
-from dlzo.trainer import HistoryEntry, Metrics, TrainConfig, resume, train
+from dlzo.trainer import resume, train
 
 app = typer.Typer(
     help="Fine-tune language models with forward passes only.",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dlzo.errors import UserError
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -98,6 +100,37 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def parse_versioned(
+    text: str | bytes, path: Path, version: int, fields: Mapping[str, type], remedy: str
+) -> dict[str, Any]:
+    """The JSON object in a text from anywhere, of a known version and with fields of known types.
+
+    Args:
+        text: In UTF-8.
+        path: Where it was found.
+        version: What its field `version` must be.
+        fields: The types of other fields that it must have.
+        remedy: What to do where it is no such object.
+
+    Raises:
+        UserError: it is none; the message names `path` and the remedy.
+    """
+    try:
+        values = parse_json_object(text)
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}): {remedy}") from error
+    if values.get("version") != version:
+        raise UserError(
+            f"{str(path)!r} has format version {str(values.get('version'))[:60]} and this dlzo "
+            f"reads version {version}: {remedy} or use the dlzo that wrote it"
+        )
+    for name, kind in fields.items():
+        # True is no int here.
+        if type(values.get(name)) is not kind:
+            raise UserError(f"{str(path)!r} has no valid {name!r}: {remedy}")
+    return values
 
 
 def _sync(path: Path) -> None:

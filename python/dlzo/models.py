@@ -132,6 +132,12 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     return _load(str(path), source, options, dtype)
 
 
+def absolute_name(name: str) -> str:
+    """A model's name as it holds from any folder."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() and name != DEFAULT_MODEL else name
+
+
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     """The first argument of `from_pretrained` for a model's name, and further ones."""
     if name == DEFAULT_MODEL:

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from dlzo.errors import UserError
 from dlzo.files import replace_file
+from dlzo.metrics import Metrics
 from dlzo.probe import ProbeReport
-from dlzo.trainer import Metrics
 
 FORMATS = (".png", ".svg")
 

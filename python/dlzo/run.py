@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from dlzo.adapter import WEIGHTS_FILE
 from dlzo.errors import UserError
-from dlzo.files import parse_json_object, remove_partial_files, replace_file
+from dlzo.files import parse_versioned, remove_partial_files, replace_file
 
 SETTINGS_FILE = "run.json"
 JOURNAL_FILE = "journal.zo"
@@ -22,6 +22,7 @@ METRICS_FILE = "metrics.json"
 LOCK_FILE = ".lock"
 VERSION = 1
 MAX_SETTINGS = 1 << 20  # bytes
+_FIELDS = {"model": str, "dtype": str, "data": str, "config": dict}
 
 
 @contextmanager
@@ -74,20 +75,10 @@ def read_settings(out: Path) -> dict[str, Any]:
     path = out / SETTINGS_FILE
     try:
         with path.open("rb") as file:
-            settings = parse_json_object(file.read(MAX_SETTINGS))
+            text = file.read(MAX_SETTINGS)
     except OSError as error:
         raise UserError(f"{str(out)!r} holds no run: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged ({error}): start the run again") from error
-    if settings.get("version") != VERSION:
-        raise UserError(
-            f"{str(path)!r} has version {str(settings.get('version'))[:60]} and this dlzo reads "
-            f"version {VERSION}: use the dlzo that wrote it"
-        )
-    for name, kind in {"model": str, "dtype": str, "data": str, "config": dict}.items():
-        if type(settings.get(name)) is not kind:
-            raise UserError(f"{str(path)!r} has no valid {name!r}: start the run again")
-    return settings
+    return parse_versioned(text, path, VERSION, _FIELDS, "start the run again")
 
 
 def finish(out: Path, metrics: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -239,6 +240,25 @@ def load_split(task: Task, data_dir: str | Path, split: Split) -> list[Example]:
     if not examples:
         raise UserError(f"{str(path)!r} holds no examples: give one JSON object a line")
     return examples
+
+
+def load_splits(task: Task, data_dir: str | Path) -> dict[Split, list[Example]]:
+    """The examples of all splits.
+
+    Raises:
+        UserError: as `load_split`.
+    """
+    return {split: load_split(task, data_dir, split) for split in get_args(Split)}
+
+
+def fingerprint(examples: Mapping[Split, Sequence[Example]]) -> str:
+    """SHA-256 of all splits."""
+    digest = hashlib.sha256()
+    for split, rows in examples.items():
+        digest.update(f"{split} {len(rows)}\n".encode())
+        for row in rows:
+            digest.update(json.dumps(asdict(row), sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _parse_row(task: Task, line: str, where: str) -> Mapping[str, Any]:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import resource
-import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, TypedDict, cast, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +22,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
 from dlzo.adapter import dtype_name, layer_fingerprint, save_adapter
+from dlzo.config import TrainConfig, parse_config
+from dlzo.dominant import shares_examples, take_step
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
 from dlzo.journal import Reader, Writer, create
-from dlzo.models import DEFAULT_MODEL, decoder_layers, sole_use
+from dlzo.metrics import (
+    HistoryEntry,
+    Metrics,
+    Progress,
+    history,
+    loss_of,
+    metrics_text,
+    peak_rss_mb,
+)
+from dlzo.models import absolute_name, decoder_layers, sole_use
 from dlzo.probe import probe
 from dlzo.records import Event, Header, Record, Step, encode_header
 from dlzo.replay import apply_steps, base_fields, differences
@@ -41,129 +48,16 @@ from dlzo.run import (
     finish,
     new_run,
 )
-from dlzo.sampler import batch_indices, step_seed
-from dlzo.scoring import EncodedExample, PrefixCache, Scorer
-from dlzo.tasks import Example, Split, get_task, load_split
-from dlzo_kernels import ZOStep, zo_step
+from dlzo.sampler import batch_indices
+from dlzo.scoring import PrefixCache, Scorer
+from dlzo.tasks import Example, Split, fingerprint, get_task, load_splits
 
-METHODS = ("dominant",)
-_LEAST = {
-    **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
-    **dict.fromkeys(("seed", "prefix_cache_mb"), 0),
-}
 _log = logging.getLogger("dlzo")
 
 # A loss this many times that of the untuned model, and at least this many nats, has exploded.
 EXPLODED = 10.0
 # Steps skipped in a row after which the run is given up.
 DIVERGED = 20
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train and how.
-
-    Attributes:
-        task: name of the task.
-        method: "dominant": two-point zeroth-order steps on one decoder layer.
-        layer: index of the tuned decoder layer, None to let the probe find it.
-        steps: number of steps.
-        batch_size: examples in a step; an epoch's short remainder is left out.
-        eps: size of the perturbation.
-        lr: learning rate, constant. The default suits a model of 0.1 billion parameters; for
-            7 billion, 1e-7 to 5e-6.
-        seed: fixes the order of the examples and every perturbation.
-        eval_every: steps from one validation to the next; the last step is always validated.
-        prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
-            change; 0 computes them anew at each step.
-        prefix_cache_dir: folder for those beyond it, found again by later runs; None keeps none.
-        directions: perturbations in a step, whose updates are averaged.
-        sync_steps: steps from one fsync of the journal to the next: what a power cut may take.
-        sync_seconds: the most seconds from one fsync to the next.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
-
-    task: str
-    method: str = "dominant"
-    layer: int | None = None
-    steps: int = 300
-    batch_size: int = 16
-    eps: float = 1e-3
-    lr: float = 3e-4
-    seed: int = 0
-    eval_every: int = 100
-    prefix_cache_mb: int = 1000
-    prefix_cache_dir: str | None = None
-    directions: int = 1
-    sync_steps: int = 100
-    sync_seconds: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
-        if self.seed >= 1 << 63:
-            raise UserError(f"seed is {self.seed}: give one below 2**63")
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise UserError(f"eps is {self.eps}: give a number above 0, such as 1e-3")
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise UserError(f"lr is {self.lr}: give a number of 0 or above, such as 3e-4")
-        if not self.sync_seconds >= 0:
-            raise UserError(f"sync_seconds is {self.sync_seconds}: give a number of 0 or above")
-
-
-class StepEvaluation(Evaluation):
-    """An evaluation of the weights after a step; step 0 is the untuned model."""
-
-    step: int
-
-
-class HistoryEntry(TypedDict, total=False):
-    """One step; `train_loss` is the mean of the two points, None if it is not finite.
-
-    Of a generation task, validation has a loss alone.
-    """
-
-    step: int
-    train_loss: float | None
-    validation_loss: float | None
-    validation_accuracy: float
-
-
-class Metrics(TypedDict):
-    """The result of a run, as in metrics.json.
-
-    `zero_shot` (untuned) and `test` (best weights) are on the test split, `best` and `final` on the
-    validation split. `skipped` steps had a loss that was not finite or had exploded. Times and
-    memory are those of the process that finished the run; `step_ms_median` is None if it did no
-    step.
-    """
-
-    model: str
-    task: str
-    method: str
-    layer: int
-    steps: int
-    batch_size: int
-    directions: int
-    eps: float
-    lr: float
-    seed: int
-    dtype: str
-    zero_shot: Evaluation
-    best: StepEvaluation
-    final: StepEvaluation
-    test: Evaluation
-    skipped: int
-    step_ms_median: float | None
-    seconds: float
-    peak_rss_mb: float
-    history: list[HistoryEntry]
-
 
 OnProgress = Callable[[HistoryEntry], None]
 
@@ -207,7 +101,7 @@ def train(
         run = _Run(model, tokenizer, config, examples, out)
         untuned = run.evaluate_untuned()
         settings = {
-            "model": _absolute(model.name_or_path),
+            "model": absolute_name(model.name_or_path),
             "dtype": dtype_name(model),
             "data": str(Path(data_dir).resolve()),
             "config": asdict(config),
@@ -243,7 +137,7 @@ def resume(
         settings = distributed.from_first_rank(lambda: stack.enter_context(existing_run(out)))
         if (metrics := distributed.from_first_rank(lambda: _finished(out))) is not None:
             return metrics
-        config = _config(settings["config"], out)
+        config = parse_config(settings["config"], out)
         examples = _load_examples(config, settings["data"])
         config = replace(config, layer=_find_layer(model, tokenizer, config.layer))
         run = _Run(model, tokenizer, config, examples, out)
@@ -253,8 +147,8 @@ def resume(
 class _Run:
     """A run: what its journal says so far, and the weights that follow from it.
 
-    All that is known of a run comes from its records, one by one, whether they are read from the
-    journal or just made: so a run that was taken up cannot differ from one in one go.
+    Its progress comes from records alone, whether they are read from the journal or just made: so a
+    run that was taken up cannot differ from one in one go.
     """
 
     def __init__(
@@ -272,20 +166,16 @@ class _Run:
         self.task = get_task(config.task)
         cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
         self.scorer = Scorer(model, tokenizer, self.layer, loss=self.task.loss, cache=cache)
+        # Without the cache, as in `evaluate`: the same bits.
+        self.test_scorer = Scorer(model, tokenizer, loss=self.task.loss)
         drawn = examples["train"]
         if self.task.loss == "gold":
             drawn = [example.gold_only() for example in drawn]
         self.train_set = self.scorer.encode(drawn)
         self.validation_set = self.scorer.encode(examples["validation"])
-        self.examples = examples
-        self.header = _header(base_fields(model, config.layer), config, _fingerprint(examples))
-        self.entry: HistoryEntry = {"step": 0}
-        self.untuned: Evaluation | None = None
-        self.best: StepEvaluation | None = None
-        self.final: StepEvaluation | None = None
-        self.test: Evaluation | None = None
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.test_set = examples["test"]
+        self.header = _header(base_fields(model, config.layer), config, fingerprint(examples))
+        self.progress = Progress()
         self.best_weights = self._weights()
         self.step_ms = array("d")
 
@@ -311,12 +201,13 @@ class _Run:
         try:
             with ExitStack() as stack:
                 self._catch_up(distributed.from_first_rank(lambda: self._open_journal(stack)))
-                if self.untuned is None:
+                if self.progress.untuned is None:
                     self._record(Event(0, "untuned", untuned or self.evaluate_untuned()))
-                self._cache_prefixes()
+                if not self._is_validated(self.config.steps):
+                    self._cache_prefixes()
                 self._do_steps(on_progress)
                 self._restore_best()
-                if self.test is None:
+                if self.progress.test is None:
                     self._record(Event(self.config.steps, "test", self._evaluate_test()))
             return distributed.from_first_rank(lambda: self._finish(started))
         except OSError as error:
@@ -350,121 +241,88 @@ class _Run:
 
     def _catch_up(self, records: Iterable[Record]) -> None:
         """Brings state and weights to where the journal ends; of a new run, to its beginning."""
+        progress = self.progress
         for record in records:
-            self._note(record)
-        if self.entry["step"] > 0 and (self.untuned is None or self.best is None):
+            progress.take(record)
+        if progress.step > 0 and (progress.untuned is None or progress.best is None):
             raise UserError(
                 f"the journal in {str(self.out)!r} has steps but no evaluation of the untuned "
                 "model: start the run again"
             )
         steps = (record for record in records if isinstance(record, Step))
-        if self.best is not None:
-            apply_steps(self.layer, islice(steps, self.best["step"]))
+        if progress.best is not None:
+            apply_steps(self.layer, islice(steps, progress.best["step"]))
             self._keep_as_best()
         apply_steps(self.layer, steps)
-
-    def _note(self, record: Record) -> None:
-        """Takes a record into account."""
-        if isinstance(record, Step):
-            self.entry = _entry(record)
-            self.skipped += not record.applied
-            self.skipped_in_a_row = 0 if record.applied else self.skipped_in_a_row + 1
-            return
-        found = _evaluation(record)
-        if record.name == "untuned":
-            self.untuned = found
-        elif record.name == "test":
-            self.test = found
-        elif record.name == "validation":
-            self.entry.update(_validation(record))
-            self.final = {"step": record.step, **found}
-            # As in MeZO, the lowest validation loss is kept: it is finer than the accuracy.
-            if self.best is None or _loss(self.final) < _loss(self.best):
-                self.best = self.final
 
     def _record(self, record: Record) -> None:
         if distributed.rank() == 0:
             self.journal.append(record)
-        self._note(record)
+        self.progress.take(record)
 
     def _do_steps(self, on_progress: OnProgress) -> None:
         while True:
             if self._validation_is_due():
                 self._validate()
-            on_progress(self.entry)
-            if self.entry["step"] == self.config.steps:
+            on_progress(self.progress.entry)
+            if self.progress.step == self.config.steps:
                 return
-            if self.skipped_in_a_row == DIVERGED:
+            if self.progress.skipped_in_a_row == DIVERGED:
                 raise UserError(
                     f"the losses of the last {DIVERGED} steps were not finite or had exploded: the "
-                    f"best weights, of step {self.best['step']}, are in {str(self.out)!r}; start "
-                    "another run with a smaller lr or eps"
+                    f"best weights, of step {self.progress.best['step']}, are in "
+                    f"{str(self.out)!r}; start another run with a smaller lr or eps"
                 )
-            self._step(self.entry["step"] + 1)
+            self._step(self.progress.step + 1)
 
     def _step(self, step: int) -> None:
         config = self.config
         indices = batch_indices(config.seed, step, len(self.train_set), config.batch_size)
         batch = [self.train_set[i] for i in indices]
         started = time.perf_counter()
-        seed = step_seed(config.seed, step)
-        zo = zo_step(self.layer, seed, config.eps, config.lr, directions=config.directions)
-        losses = self._losses(zo, batch)
         # In a journal the untuned model's loss is finite.
-        max_loss = EXPLODED * max(1.0, _loss(self.untuned))
-        result = zo.update(losses[::2], losses[1::2], max_loss=max_loss)
-        self._record(
-            Step(step, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
-        )
+        max_loss = EXPLODED * max(1.0, loss_of(self.progress.untuned))
+        self._record(take_step(self.scorer, batch, config, step, max_loss))
         self.step_ms.append(1e3 * (time.perf_counter() - started))
 
-    def _losses(self, zo: ZOStep, batch: Sequence[EncodedExample]) -> list[float]:
-        """Plus and minus of each direction in turn, over the batch.
-
-        The ranks take directions where these can be shared out evenly, and else examples.
-        """
-        count = self.config.directions
-        mine, share = range(count), batch
-        if count % distributed.size() == 0:
-            mine = distributed.share_of(mine)
-        else:
-            share = distributed.share_of(batch)
-        sums, weights = [0.0] * (2 * count), [0.0] * (2 * count)
-        if share:
-            plan = self.scorer.plan(share)
-            # One direction at a time, so that its bits do not depend on who else is scored.
-            for k in mine:
-                pair, points = slice(2 * k, 2 * k + 2), [partial(zo.plus, k), partial(zo.minus, k)]
-                sums[pair], weight = self.scorer.loss_sums(plan, points)
-                weights[pair] = [weight, weight]
-        return distributed.quotients(sums, weights)
-
     def _evaluate_test(self) -> Evaluation:
-        # Without the cache, as in `evaluate`: the same bits.
-        scorer = Scorer(self.model, self.scorer.tokenizer, loss=self.task.loss)
-        return judge(scorer, self.task, self.examples["test"])
+        return judge(self.test_scorer, self.task, self.test_set)
 
     def _cache_prefixes(self) -> None:
-        """Computes once what the layers below the tuned one make of what will be scored."""
+        """Computes once what the layers below the tuned one make of what this rank will score.
+
+        What is computed together decides how it is rounded. So ranks that take directions each
+        compute all that one process would, and have its bits.
+        """
         config, size = self.config, len(self.train_set)
         epoch = range(1, min(config.steps, size // config.batch_size) + 1)
-        drawn = {i for n in epoch for i in batch_indices(config.seed, n, size, config.batch_size)}
-        train_set = [self.train_set[i] for i in sorted(drawn)]
-        self.scorer.cache_prefixes([*train_set, *self.validation_set])
+        batches = [batch_indices(config.seed, n, size, config.batch_size) for n in epoch]
+        validation_set = self.validation_set
+        if shares_examples(config.directions):
+            validation_set = distributed.share_of(validation_set)
+            # In the next epoch, a rank would take others of the batches.
+            if config.steps == len(epoch):
+                batches = [distributed.share_of(batch) for batch in batches]
+        train_set = [self.train_set[i] for i in sorted({i for batch in batches for i in batch})]
+        self.scorer.cache_prefixes([*train_set, *validation_set])
 
     def _validation_is_due(self) -> bool:
-        step = self.entry["step"]
-        done = self.final is not None and self.final["step"] == step
-        return not done and (step % self.config.eval_every == 0 or step == self.config.steps)
+        step = self.progress.step
+        due = step % self.config.eval_every == 0 or step == self.config.steps
+        return due and not self._is_validated(step)
+
+    def _is_validated(self, step: int) -> bool:
+        final = self.progress.final
+        return final is not None and final["step"] == step
 
     def _validate(self) -> None:
-        step = self.entry["step"]
+        step = self.progress.step
         distributed.check_equal(
             lambda: layer_fingerprint(self.layer), f"the layer after step {step}"
         )
         found = score(self.scorer, self.task, self.validation_set)
         self._record(Event(step, "validation", found))
-        if self.best["step"] == step:
+        if self.progress.best["step"] == step:
             self._keep_as_best()
 
     def _keep_as_best(self) -> None:
@@ -481,7 +339,7 @@ class _Run:
             info={
                 "task": config.task,
                 "method": config.method,
-                "step": self.best["step"],
+                "step": self.progress.best["step"],
                 "seed": config.seed,
                 "eps": config.eps,
                 "lr": config.lr,
@@ -503,7 +361,7 @@ class _Run:
 
     def _finish(self, started: float) -> Metrics:
         """Writes the metrics."""
-        config = self.config
+        config, progress = self.config, self.progress
         metrics = Metrics(
             model=self.model.name_or_path,
             task=config.task,
@@ -516,17 +374,17 @@ class _Run:
             lr=config.lr,
             seed=config.seed,
             dtype=dtype_name(self.model),
-            zero_shot=self.untuned,
-            best=self.best,
-            final=self.final,
-            test=self.test,
-            skipped=self.skipped,
+            zero_shot=progress.untuned,
+            best=progress.best,
+            final=progress.final,
+            test=progress.test,
+            skipped=progress.skipped,
             step_ms_median=median(self.step_ms) if self.step_ms else None,
             seconds=time.perf_counter() - started,
-            peak_rss_mb=_peak_rss_mb(),
-            history=list(_history(Reader(self.out / JOURNAL_FILE))),
+            peak_rss_mb=peak_rss_mb(),
+            history=list(history(Reader(self.out / JOURNAL_FILE))),
         )
-        finish(self.out, _metrics_text(metrics))
+        finish(self.out, metrics_text(metrics))
         return metrics
 
 
@@ -537,33 +395,6 @@ def _finished(out: Path) -> Metrics | None:
     text = (out / METRICS_FILE).read_text()
     finish(out, text)
     return json.loads(text)
-
-
-def _entry(step: Step) -> HistoryEntry:
-    return {"step": step.step, "train_loss": _finite_or_none(step.loss)}
-
-
-def _evaluation(event: Event) -> Evaluation:
-    """The figures of an event, which may be from anywhere."""
-    figures = event.values.values()
-    if "loss" not in event.values or not all(isinstance(f, float | int | None) for f in figures):
-        raise UserError(f"the event {event.name[:60]!r} of a journal is no evaluation")
-    return cast(Evaluation, dict(event.values))
-
-
-def _validation(event: Event) -> HistoryEntry:
-    return cast(HistoryEntry, {f"validation_{name}": v for name, v in event.values.items()})
-
-
-def _history(records: Iterable[Record]) -> Iterator[HistoryEntry]:
-    entry: HistoryEntry = {"step": 0}
-    for record in records:
-        if isinstance(record, Step):
-            yield entry
-            entry = _entry(record)
-        elif record.name == "validation":
-            entry.update(_validation(record))
-    yield entry
 
 
 def _header(base: Mapping[str, Any], config: TrainConfig, data_fingerprint: str) -> Header:
@@ -580,44 +411,13 @@ def _header(base: Mapping[str, Any], config: TrainConfig, data_fingerprint: str)
 
 
 def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, list[Example]]:
-    task = get_task(config.task)
-    examples = {split: load_split(task, data_dir, split) for split in get_args(Split)}
+    examples = load_splits(get_task(config.task), data_dir)
     if config.batch_size > len(examples["train"]):
         raise UserError(
             f"batch_size is {config.batch_size} and {str(data_dir)!r} has {len(examples['train'])} "
             "examples to train on: give a smaller batch"
         )
     return examples
-
-
-def _fingerprint(examples: Mapping[Split, Sequence[Example]]) -> str:
-    """SHA-256 of all splits."""
-    digest = hashlib.sha256()
-    for split, rows in examples.items():
-        digest.update(f"{split} {len(rows)}\n".encode())
-        for row in rows:
-            digest.update(json.dumps(asdict(row), sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _config(values: Mapping[str, Any], out: Path) -> TrainConfig:
-    """The configuration in a settings file from anywhere."""
-    types = get_type_hints(TrainConfig)
-    for name, value in values.items():
-        # An int is a float in JSON.
-        kind = types.get(name, ())
-        if not isinstance(value, (int, float) if kind is float else kind):
-            raise UserError(f"the settings in {str(out)!r} have no valid {name[:60]!r}")
-    try:
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise UserError(f"the settings in {str(out)!r} are not complete: {error}") from error
-
-
-def _absolute(name: str) -> str:
-    """A model's name; a path holds from any folder."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() and name != DEFAULT_MODEL else name
 
 
 def _find_layer(
@@ -635,25 +435,3 @@ def _find_layer(
     if not 0 <= layer < count:
         raise UserError(f"layer is {layer}: the model has layers 0 to {count - 1}")
     return layer
-
-
-def _finite_or_none(value: float) -> float | None:
-    # JSON has no NaN and no infinity.
-    return value if math.isfinite(value) else None
-
-
-def _loss(found: Evaluation) -> float:
-    return math.inf if found["loss"] is None else found["loss"]
-
-
-def _metrics_text(metrics: Metrics) -> str:
-    """Indented JSON, but the history with one line a step."""
-    head = json.dumps({**metrics, "history": []}, indent=2, allow_nan=False)
-    rows = ",\n    ".join(json.dumps(entry, allow_nan=False) for entry in metrics["history"])
-    return head.replace('"history": []', f'"history": [\n    {rows}\n  ]') + "\n"
-
-
-def _peak_rss_mb() -> float:
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from dlzo.config import TrainConfig  # noqa: E402
 from dlzo.journal import Reader, Writer, compact, create  # noqa: E402
-from dlzo.trainer import TrainConfig  # noqa: E402
 from test_journal import HEADER, RECORDS  # noqa: E402
 
 

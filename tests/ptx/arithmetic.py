@@ -103,6 +103,19 @@ def count_leading_zeros(a: Array) -> Array:
     return count_ones(~a)
 
 
+def leading_bit_shift(a: Array) -> Array:
+    """The shift that brings the leading bit (of a signed number: non-sign bit) to the top."""
+    if a.dtype.kind == "i":
+        a = a ^ (a >> (_bits(a) - 1))
+    return np.where(a == 0, np.uint32(0xFFFFFFFF), count_leading_zeros(_as_unsigned(a)))
+
+
+def find_leading_bit(a: Array) -> Array:
+    """Its position; all ones where there is none."""
+    shift = leading_bit_shift(a)
+    return np.where(shift == 0xFFFFFFFF, shift, np.uint32(_bits(a) - 1) - shift)
+
+
 def reverse_bits(a: Array) -> Array:
     octets = np.ascontiguousarray(a).view(np.uint8).reshape(a.size, -1)
     mirrored = np.packbits(np.unpackbits(octets, axis=1), axis=1, bitorder="little")
@@ -175,10 +188,12 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     high, rest = _two_sum(product, sum_low)
     result = high + _add_to_odd(rest, rest_low)
 
-    plain = ~(np.isfinite(a) & np.isfinite(b) & np.isfinite(c)) | (a == 0) | (b == 0)
-    result = np.where(plain, a * b + c, result)
+    finite = np.isfinite(a) & np.isfinite(b)
+    plain = ~(finite & np.isfinite(c)) | (a == 0) | (b == 0)
+    # The exact product of finite factors does not overflow, product does.
+    result = np.where(plain, np.where(finite & ~np.isfinite(c), c, product + c), result)
     exponents = np.stack([np.frexp(x)[1] for x in (a, b, c)])
-    for lane in np.flatnonzero(~plain & ((np.abs(exponents) > 240).any(0) | (c == 0))):
+    for lane in np.flatnonzero(~plain & (np.abs(exponents) > 240).any(0)):
         result[lane] = _fma_exactly(float(a[lane]), float(b[lane]), float(c[lane]))
     return result
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ptx.errors import Unsupported
+
 # bfloat16 and the packed pairs stay raw bits: instructions.py unpacks them.
-TYPES = {
+_TYPES = {
     **{f"b{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"u{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
@@ -16,6 +18,13 @@ TYPES = {
     "f32x2": np.dtype("u8"),
     "pred": np.dtype("?"),
 }
+
+
+def datatype(name: str) -> np.dtype:
+    """The numpy type that holds a PTX type."""
+    if name not in _TYPES:
+        raise Unsupported(f"the type .{name} is not simulated")
+    return _TYPES[name]
 
 
 def unsigned(dtype: np.dtype) -> np.dtype:

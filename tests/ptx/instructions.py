@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx import arithmetic as a
-from ptx.datatypes import TYPES, unsigned, widened
+from ptx.datatypes import datatype, unsigned, widened
 from ptx.errors import InactiveLane, Unsupported
 from ptx.memory import SPACES, generic_address
 from ptx.operands import Operands, parse_integer, split_list
@@ -85,7 +85,7 @@ def decode(statement: Statement, operands: Operands) -> Instruction:
         instruction = TABLE[opcode](statement, operands)
         if statement.guard is not None:
             instruction.guard_negated = statement.guard.startswith("!")
-            instruction.guard = operands.read(statement.guard.lstrip("!"), TYPES["pred"])
+            instruction.guard = operands.read(statement.guard.lstrip("!"), datatype("pred"))
     except (Unsupported, ValueError) as error:
         raise Unsupported(f"{statement}: {error}") from None
     return instruction
@@ -152,19 +152,21 @@ def _decode_pure(
     destination, *texts = statement.operands
     if len(texts) != len(source_types):
         raise Unsupported(f"{len(source_types)} source operands expected")
-    slot = operands.write(destination, TYPES[result_type], convert)
+    slot = operands.write(destination, datatype(result_type), convert)
     sources, negated, immediates = [], [], []
     for text, name in zip(texts, source_types, strict=True):
         if name == "imm":
             immediates.append(parse_integer(text))
             continue
         negated.append(name == "pred" and text.startswith("!"))
-        dtype = TYPES[name]
+        dtype = datatype(name)
         sources.append((operands.read(text[negated[-1] :], dtype, convert), dtype))
 
     narrow = [operands.widths[s] != unsigned(d) for s, d in sources]
     width = operands.widths[slot]
-    extend = widened(result_type, width) if width.itemsize > TYPES[result_type].itemsize else None
+    extend = (
+        widened(result_type, width) if width.itemsize > datatype(result_type).itemsize else None
+    )
     if any(narrow) or any(negated) or immediates or extend is not None:
         function = _adapted(function, sources, narrow, negated, immediates, extend)
         sources = [
@@ -259,6 +261,8 @@ _pure("bfe.{u32,s32,u64,s64}", signature="T u32 u32 -> T")(a.extract_field)
 _pure("bfi.{b32,b64}", signature="T T u32 u32 -> T")(a.insert_field)
 _pure("popc.{b32,b64}", signature="T -> u32")(a.count_ones)
 _pure("clz.{b32,b64}", signature="T -> u32")(a.count_leading_zeros)
+_pure("bfind.{u32,s32,u64,s64}", signature="T -> u32")(a.find_leading_bit)
+_pure("bfind.shiftamt.{u32,s32,u64,s64}", signature="T -> u32")(a.leading_bit_shift)
 _pure("brev.{b32,b64}", signature="T -> T")(a.reverse_bits)
 
 for _name, _function in {
@@ -374,7 +378,7 @@ def _truncated(dtype: np.dtype) -> Callable[[Array], Array]:
 
 
 for _to in _ALL_INTEGERS:
-    _dtype = TYPES[_to]
+    _dtype = datatype(_to)
     for _from in _ALL_INTEGERS:
         _register_conversion(f"cvt.{_to}.{_from}", lambda x, dtype=_dtype: x.astype(dtype))
     for _mode, _function in _ROUND.items():
@@ -382,10 +386,8 @@ for _to in _ALL_INTEGERS:
             f"cvt.{_mode}.{_to}.{{f32,f64}}",
             lambda x, function=_function, dtype=_dtype: a.to_integer(function(x), dtype),
         )
-    for _float in ("f32", "f64"):
-        _register_conversion(
-            f"cvt.rn.{_float}.{_to}", lambda x, dtype=TYPES[_float]: x.astype(dtype)
-        )
+    _register_conversion(f"cvt.rn.f32.{_to}", lambda x: x.astype(np.float32))
+    _register_conversion(f"cvt.rn.f64.{_to}", lambda x: x.astype(np.float64))
 for _mode, _function in _ROUND.items():
     _register_conversion(f"cvt.{_mode}.f32.f32", _quiet(_function))
     _register_conversion(f"cvt.{_mode}.f64.f64", _function)
@@ -418,7 +420,7 @@ for _mode in ("rn", "rz"):
 @_decoder("mov.{b16,b32,b64,u16,u32,u64,s16,s32,s64,f32,f64,pred}")
 def _mov(statement: Statement, operands: Operands) -> Instruction:
     destination, source = statement.operands
-    dtype = TYPES[statement.opcode.split(".")[-1]]
+    dtype = datatype(statement.opcode.split(".")[-1])
     if destination.startswith("{"):
         return _unpack(statement, operands, dtype)
     if source.startswith("{"):
@@ -501,7 +503,7 @@ class _Access:
 
     @property
     def dtype(self) -> np.dtype:
-        return TYPES[self.type_name]
+        return datatype(self.type_name)
 
     @property
     def size(self) -> int:
@@ -666,7 +668,7 @@ def _bar(statement: Statement, operands: Operands) -> Instruction:
 
 
 def _members(operands: Operands, text: str) -> int:
-    return operands.read(text, TYPES["b32"])
+    return operands.read(text, datatype("b32"))
 
 
 @_decoder("bar.warp.sync")
@@ -681,7 +683,7 @@ def _bar_warp(statement: Statement, operands: Operands) -> Instruction:
 
 @_decoder("activemask.b32")
 def _activemask(statement: Statement, operands: Operands) -> Instruction:
-    slot = operands.write(statement.operands[0], TYPES["b32"])
+    slot = operands.write(statement.operands[0], datatype("b32"))
 
     def execute(machine: Machine, mask: Mask) -> None:
         here = machine.alive if mask is None else mask
@@ -714,9 +716,9 @@ def _shfl(statement: Statement, operands: Operands) -> Instruction:
     destination, *texts, members = statement.operands
     mode = statement.opcode.split(".")[2]
     names = destination.split("|")
-    slot = operands.write(names[0], TYPES["b32"])
-    flag = operands.write(names[1], TYPES["pred"]) if len(names) == 2 else None
-    value, b, c = (operands.read(text, TYPES["b32"]) for text in texts)
+    slot = operands.write(names[0], datatype("b32"))
+    flag = operands.write(names[1], datatype("pred")) if len(names) == 2 else None
+    value, b, c = (operands.read(text, datatype("b32")) for text in texts)
 
     def execute(machine: Machine, mask: Mask) -> None:
         lane = machine.lane
@@ -756,16 +758,18 @@ def _collective(
 ) -> Instruction:
     """d = combine((warp, i, j) group, (warp, j) values), one result per lane i."""
     destination, text, mask_text = statement.operands
-    slot = operands.write(destination, TYPES[result])
+    slot = operands.write(destination, datatype(result))
     negated = source == "pred" and text.startswith("!")
-    value = operands.read(text[negated:], TYPES[source])
-    members = _members(operands, mask_text)
+    dtype = datatype(source)
+    value, members = operands.read(text[negated:], dtype), _members(operands, mask_text)
 
     def execute(machine: Machine, mask: Mask) -> None:
-        values = np.broadcast_to(machine.registers[value].view(TYPES[source]), machine.lane.shape)
+        values = np.broadcast_to(
+            machine.registers[value].view(datatype(source)), machine.lane.shape
+        )
         values = (~values if negated else values).reshape(-1, 32)
         group = _group(machine, members, mask)
-        machine.write(slot, combine(group, values).reshape(-1), mask)
+        machine.write(slot, combine(group, values.reshape(-1, 32)).reshape(-1), mask)
 
     return Instruction(statement, Kind.COLLECTIVE, execute, members)
 
@@ -790,12 +794,17 @@ def _vote(statement: Statement, operands: Operands) -> Instruction:
     return _collective(statement, operands, "pred", mode.split(".")[1], _VOTES[mode])
 
 
-@_decoder("match.any.sync.{b32,b64}")
+@_decoder("match.{any,all}.sync.{b32,b64}")
 def _match(statement: Statement, operands: Operands) -> Instruction:
-    def combine(group: Array, values: Array) -> Array:
-        return pack_lanes(group & (values[:, None, :] == values[:, :, None]))
+    _, mode, _, type_name = statement.opcode.split(".")
 
-    return _collective(statement, operands, statement.opcode.split(".")[-1], "b32", combine)
+    def combine(group: Array, values: Array) -> Array:
+        same = group & (values[:, None, :] == values[:, :, None])
+        if mode == "all":
+            same &= (same == group).all(2, keepdims=True)
+        return pack_lanes(same)
+
+    return _collective(statement, operands, type_name, "b32", combine)
 
 
 @_decoder(

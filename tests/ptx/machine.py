@@ -28,7 +28,7 @@ Size = int | tuple[int, ...]
 # Lanes of one numpy operation: enough to hide the interpreter, few enough for the cache.
 LANES = 16384
 # Instructions that one set of CTAs may run before it counts as an endless loop.
-MAX_STEPS = 1_000_000
+MAX_STEPS = 300_000
 
 
 def launch(
@@ -219,7 +219,7 @@ class Machine:
                 self._release()
 
     def _advance(self, at: int, active: Array) -> None:
-        """Run threads that stand at one instruction until they part, wait, end or may meet others."""
+        """Run threads that stand at one instruction until they part, wait, end or may meet more."""
         everyone = np.array_equal(active, self.alive)
         mask = None if everyone else active
         first = at

@@ -120,10 +120,7 @@ class Shadow:
 
     def written(self, offset: Indices, size: int) -> npt.NDArray[np.bool_]:
         """Which accesses find every byte written."""
-        rows = self._rows("wrote", size)[offset // size] != 0
-        if "changed" in self.stamps:
-            rows |= self._rows("changed", size)[offset // size] != 0
-        return rows.all(1)
+        return (self._rows("wrote", size)[offset // size] != 0).all(1)
 
     def read(self, offset: Indices, size: int, actors: Actors) -> None:
         self._check(offset, size, actors, "reads", ("wrote", "changed"))

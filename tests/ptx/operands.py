@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ptx.datatypes import TYPES, unsigned
+from ptx.datatypes import datatype, unsigned
 from ptx.errors import Unsupported
 
 SPECIALS = (
@@ -91,7 +91,7 @@ class Operands:
         for name in split_list(names):
             family = re.fullmatch(r"(.+)<(\d+)>", name)
             for one in [f"{family[1]}{i}" for i in range(int(family[2]))] if family else [name]:
-                self._scopes[-1][one] = self._slot(unsigned(TYPES[type_name]))
+                self._scopes[-1][one] = self._slot(unsigned(datatype(type_name)))
 
     def read(self, text: str, dtype: np.dtype, wider: bool = False) -> int:
         """Slot of a source; `wider`: a register may have more bits than the type."""
@@ -119,7 +119,7 @@ class Operands:
         self.granules[space] = min(self.granules.get(space, size), size)
         base, offset = match.groups()
         slot = self._register(base)
-        dtype = TYPES["u64"] if slot is None else self.widths[slot]
+        dtype = datatype("u64") if slot is None else self.widths[slot]
         return Address(self.read(base, dtype), parse_integer(offset or "0"))
 
     def check_all_written(self) -> None:
@@ -133,7 +133,7 @@ class Operands:
                 return scope[text]
         if text in SPECIALS:
             if text not in self.specials:
-                self.specials[text] = self._slot(TYPES["u32"])
+                self.specials[text] = self._slot(datatype("u32"))
                 self._written.add(self.specials[text])
             return self.specials[text]
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.datatypes import TYPES, unsigned
+from ptx.datatypes import datatype, unsigned
 from ptx.errors import Unsupported
 from ptx.instructions import Instruction, decode
 from ptx.memory import VARIABLES, generic_address
@@ -75,15 +75,30 @@ def parse(source: str, entry: str | None = None) -> Kernel:
     Raises:
         Unsupported: no such entry, or a statement outside the subset of ptx.instructions.
     """
-    source = _without_comments(source)
-    module, functions = _functions(source)
+    module, function = _find(source, entry)
+    return _kernel(function, module)
+
+
+def entry_body(source: str, entry: str | None = None) -> str:
+    """The statements of one entry as text, without comments."""
+    return _find(source, entry)[1].body
+
+
+def entry_lines(source: str, entry: str | None = None) -> range:
+    """The numbers of the lines that hold its statements, from 1."""
+    function = _find(source, entry)[1]
+    return range(function.line, function.line + function.body.count("\n") + 1)
+
+
+def _find(source: str, entry: str | None) -> tuple[str, _Function]:
+    """The module around its functions, and the entry."""
+    module, functions = _functions(_without_comments(source))
     entries = {f.name: f for f in functions if f.kind == "entry"}
     if entry is None and len(entries) != 1:
         raise Unsupported(f"the module has {len(entries)} entries ({', '.join(entries)}); name one")
     if entry is not None and entry not in entries:
         raise Unsupported(f"no entry {entry}; the module has {', '.join(entries)}")
-    function = entries[entry] if entry is not None else next(iter(entries.values()))
-    return _kernel(function, module)
+    return module, entries[entry] if entry is not None else next(iter(entries.values()))
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class _Layout:
 
     def add(self, declaration: re.Match[str]) -> None:
         space, alignment, type_name, name, count, initial = declaration.groups()
-        dtype = TYPES[type_name]
+        dtype = datatype(type_name)
         if count == "":
             self._dynamic.append(name)
             return
@@ -175,9 +190,14 @@ def _instructions(
         elif text.endswith(":"):
             labels[text[:-1]] = len(instructions)
         elif text.startswith(".reg"):
-            type_name, names = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text, re.S).groups()
-            operands.declare(type_name, names)
+            type_name, names = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text).groups()
+            try:
+                operands.declare(type_name, names)
+            except Unsupported as error:
+                raise Unsupported(f"line {line}: {text}: {error}") from None
         elif text.startswith("."):
+            if text.startswith(".param"):
+                raise Unsupported(f"line {line}: {text}: calls are not simulated; inline them")
             if not _VARIABLE.match(text + ";") and not text.startswith(_IGNORED):
                 raise Unsupported(f"line {line}: {text}: this directive is not simulated")
         else:
@@ -241,7 +261,7 @@ def _functions(source: str) -> tuple[str, list[_Function]]:
 def _parameters(text: str, layout: _Layout) -> Iterator[Parameter]:
     for declaration in split_list(text):
         alignment, type_name, name, count = _PARAMETER.match(declaration).groups()
-        dtype = TYPES[type_name]
+        dtype = datatype(type_name)
         size = dtype.itemsize * int(count or 1)
         offset = layout.reserve("param", size, int(alignment or dtype.itemsize))
         layout.symbols[name] = offset

@@ -69,7 +69,7 @@ def stopped_at(layer: nn.Module) -> AbstractContextManager[None]:
     """Makes `layer` raise ReachedLayerError with its input."""
 
     def stop(*args: Any, **kwargs: Any) -> Any:
-        raise ReachedLayerError(args[0] if args else kwargs["hidden_states"])
+        raise ReachedLayerError(_input_in(args, kwargs))
 
     return replaced_forward(layer, stop)
 
@@ -78,19 +78,22 @@ def passed_by(layer: nn.Module, beside: tuple[None, ...] | None) -> AbstractCont
     """Makes `layer` give back its input, with what it gives beside it; None: a tensor alone."""
 
     def pass_on(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = _input_in(args, kwargs)
         return hidden if beside is None else (hidden, *beside)
 
     return replaced_forward(layer, pass_on)
 
 
+def _input_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A decoder layer's input among its arguments, where it comes first or by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def _with_input(
     hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (hidden.to(args[0].device), *args[1:]), kwargs
-    device = kwargs["hidden_states"].device
-    return args, {**kwargs, "hidden_states": hidden.to(device)}
+    hidden = hidden.to(_input_in(args, kwargs).device)
+    return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
 
 def _stack(outputs: Sequence[Any]) -> Any:

@@ -61,13 +61,15 @@ class PrefixCache:
         elif self.folder is not None:
             self._write(self._path(tokens), hidden)
 
-    def get(self, tokens: Tokens) -> Tensor:
-        """The hidden states of a sequence that is in the cache.
+    def get(self, tokens: Tokens) -> Tensor | None:
+        """The hidden states of a sequence; None if they are not in the cache.
 
         Raises:
             UserError: its file is damaged.
         """
-        return self._kept[tokens] if tokens in self._kept else self._read(self._path(tokens))
+        if tokens in self._kept or self.folder is None:
+            return self._kept.get(tokens)
+        return self._read(self._path(tokens))
 
     def _path(self, tokens: Tokens) -> Path:
         text = f"{self._fingerprint} {tokens}"
@@ -83,9 +85,11 @@ class PrefixCache:
                 "space or choose another folder"
             ) from error
 
-    def _read(self, path: Path) -> Tensor:
+    def _read(self, path: Path) -> Tensor | None:
         try:
             return load_file(path)["hidden"]
+        except FileNotFoundError:
+            return None
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(
                 f"{str(path)!r} of the prefix cache cannot be read ({error}): delete it"

@@ -35,7 +35,8 @@ from dlzo.tasks import Example, TrainingLoss
 ROW_TOKENS = 512
 # How far two ways to the same mean log-probability may lie apart by rounding, by bytes of a number.
 _CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.5}
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+# By model: threads wait for their turn at a forward. `sole_use`, for a whole run, refuses instead.
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,11 @@ class Scorer:
         self.trees_problem: str | None = None
         self.states_problem: str | None = None
         self.cache_problem: str | None = "no cache was given"
-        self._lock = _locks.setdefault(model, threading.RLock())
+        self._turn = _turns.setdefault(model, threading.RLock())
         self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
         self._head = model.get_output_embeddings()
         self._frozen = FrozenWeights(model, layer)
-        self._below: list[tuple[nn.Module, tuple[None, ...] | None]] = []
+        self._below: dict[nn.Module, tuple[None, ...] | None] = {}
         self._find_what_is_allowed(cache)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
@@ -171,10 +172,8 @@ class Scorer:
     def plan(self, batch: Sequence[EncodedExample]) -> Plan:
         """How the batch will be scored. Sequences in the cache get packs of their own."""
         sequences = {tokens for example in batch for tokens in example.sequences}
-        cached: set[Tokens] = set()
-        if self.cache is not None:
-            self._bind_cache()
-            cached = {tokens for tokens in sequences if tokens in self.cache}
+        cache = self._bound_cache()
+        cached = {tokens for tokens in sequences if cache is not None and tokens in cache}
         packs = (*self._lay_out(cached), *self._lay_out(sequences - cached))
         return _plan(batch, packs, self._notes(len(cached)))
 
@@ -218,20 +217,20 @@ class Scorer:
         Raises:
             UserError: the cache's folder cannot be written.
         """
-        if self.cache is None:
-            return
-        with self._lock:
-            self._bind_cache()
+        with self._turn:
+            cache = self._bound_cache()
+            if cache is None:
+                return
             sequences = {tokens for example in examples for tokens in example.sequences}
             for pack in self._lay_out(sequences):
-                missing = [tokens for tokens in pack.places if tokens not in self.cache]
+                missing = [tokens for tokens in pack.places if tokens not in cache]
                 values = sum(map(len, missing)) * self._hidden_size
-                if not self.cache.has_room(values * self.model.dtype.itemsize):
+                if not cache.has_room(values * self.model.dtype.itemsize):
                     break
                 hidden = self._layer_input(pack) if missing else None
                 for tokens in missing:
                     row, columns = pack.places[tokens]
-                    self.cache.put(tokens, hidden[row, columns])
+                    cache.put(tokens, hidden[row, columns])
 
     def _needs_normaliser(self, plan: Plan) -> bool:
         return self.loss == "gold" or not plan.one_token_options
@@ -273,11 +272,10 @@ class Scorer:
     @torch.inference_mode()
     def _scores(self, plan: Plan, states: Sequence[State], normalised: bool) -> Tensor:
         """`scores`; if not `normalised`, less a constant for each example and state."""
-        with self._lock:
-            if self.cache is not None:
-                self._bind_cache()
+        with self._turn:
+            cache = self._bound_cache()
             parts = [
-                self._log_probs(pack, readout, states, normalised, self._cached_input(pack))
+                self._log_probs(pack, readout, states, normalised, self._cached_input(pack, cache))
                 for pack, readout in zip(plan.packs, plan.readouts, strict=True)
             ]
         log_probs = torch.cat(parts, dim=-1)
@@ -312,7 +310,7 @@ class Scorer:
             if states or hidden is not None:
                 stack.enter_context(under_states(self.layer, states or [nullcontext], hidden))
             if hidden is not None:
-                for layer, beside in self._below:
+                for layer, beside in self._below.items():
                     stack.enter_context(passed_by(layer, beside))
             logits = self._forward(pack).logits
         if logits.shape[:-1] != (1, state_count * len(readout.row)):
@@ -371,17 +369,23 @@ class Scorer:
                 return reached.hidden.cpu()
         raise self._unsupported("does not run the tuned layer")
 
-    def _bind_cache(self) -> None:
-        self.cache.bind(self._frozen.fingerprint())
+    def _bound_cache(self) -> PrefixCache | None:
+        """The cache, holding nothing of other weights than there are now."""
+        if self.cache is not None:
+            self.cache.bind(self._frozen.fingerprint())
+        return self.cache
 
-    def _cached_input(self, pack: Pack) -> Tensor | None:
+    def _cached_input(self, pack: Pack, cache: PrefixCache | None) -> Tensor | None:
         """The tuned layer's input if all of it is cached: shape (rows, length, hidden size)."""
-        if self.cache is None or not all(tokens in self.cache for tokens in pack.places):
+        if cache is None:
             return None
         shape = (*pack.inputs["input_ids"].shape, self._hidden_size)
         hidden = torch.zeros(shape, dtype=self.model.dtype)
         for tokens, (row, columns) in pack.places.items():
-            hidden[row, columns] = self.cache.get(tokens)
+            cached = cache.get(tokens)
+            if cached is None:
+                return None
+            hidden[row, columns] = cached
         return hidden
 
     @torch.inference_mode()
@@ -424,17 +428,14 @@ class Scorer:
         below = layers[: layers.index(self.layer)] if self.layer in layers else []
         if not below:
             return "no decoder layer lies below the tuned one"
-        outputs: dict[nn.Module, Any] = {}
-        handles = [
-            layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output}))
-            for layer in below
-        ]
-        try:
+
+        def note(layer: nn.Module, _: Any, output: Any) -> None:
+            self._below[layer] = _beside(output)
+
+        with ExitStack() as stack:
+            for layer in below:
+                stack.enter_context(layer.register_forward_hook(note))
             self._scores(plan, (), normalised=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._below = [(layer, _beside(outputs[layer])) for layer in below]
         self.cache = PrefixCache(memory_bytes=1 << 30)
         self.cache_prefixes(plan.batch)
         return self._problem(plan, (nullcontext,), expected)

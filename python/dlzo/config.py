@@ -1,0 +1,88 @@
+"""The configuration of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from dlzo.errors import UserError
+
+METHODS = ("dominant",)
+_LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
+    **dict.fromkeys(("seed", "prefix_cache_mb"), 0),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train and how.
+
+    Attributes:
+        task: name of the task.
+        method: "dominant": two-point zeroth-order steps on one decoder layer.
+        layer: index of the tuned decoder layer, None to let the probe find it.
+        steps: number of steps.
+        batch_size: examples in a step; an epoch's short remainder is left out.
+        eps: size of the perturbation.
+        lr: learning rate, constant. The default suits a model of 0.1 billion parameters; for
+            7 billion, 1e-7 to 5e-6.
+        seed: fixes the order of the examples and every perturbation.
+        eval_every: steps from one validation to the next; the last step is always validated.
+        prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
+            change; 0 computes them anew at each step.
+        prefix_cache_dir: folder for those beyond it, found again by later runs; None keeps none.
+        directions: perturbations in a step, whose updates are averaged.
+        sync_steps: steps from one fsync of the journal to the next: what a power cut may take.
+        sync_seconds: the most seconds from one fsync to the next.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    task: str
+    method: str = "dominant"
+    layer: int | None = None
+    steps: int = 300
+    batch_size: int = 16
+    eps: float = 1e-3
+    lr: float = 3e-4
+    seed: int = 0
+    eval_every: int = 100
+    prefix_cache_mb: int = 1000
+    prefix_cache_dir: str | None = None
+    directions: int = 1
+    sync_steps: int = 100
+    sync_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
+        if self.seed >= 1 << 63:
+            raise UserError(f"seed is {self.seed}: give one below 2**63")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise UserError(f"eps is {self.eps}: give a number above 0, such as 1e-3")
+        if not (math.isfinite(self.lr) and self.lr >= 0):
+            raise UserError(f"lr is {self.lr}: give a number of 0 or above, such as 3e-4")
+        if not self.sync_seconds >= 0:
+            raise UserError(f"sync_seconds is {self.sync_seconds}: give a number of 0 or above")
+
+
+def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
+    """The configuration in a settings file from anywhere."""
+    types = get_type_hints(TrainConfig)
+    for name, value in values.items():
+        # An int is a float in JSON.
+        kind = types.get(name, ())
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"the settings in {str(out)!r} have no valid {name[:60]!r}")
+    try:
+        return TrainConfig(**values)
+    except TypeError as error:
+        raise UserError(f"the settings in {str(out)!r} are not complete: {error}") from error

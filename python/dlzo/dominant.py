@@ -1,0 +1,67 @@
+"""The method "dominant": two-point zeroth-order steps on one decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from dlzo import distributed
+from dlzo.config import TrainConfig
+from dlzo.records import Step
+from dlzo.sampler import step_seed
+from dlzo.scoring import EncodedExample, Scorer
+from dlzo_kernels import ZOStep, zo_step
+
+
+def take_step(
+    scorer: Scorer,
+    batch: Sequence[EncodedExample],
+    config: TrainConfig,
+    number: int,
+    max_loss: float,
+) -> Step:
+    """Moves the scorer's layer by one step, or leaves it where a loss is above `max_loss`.
+
+    Args:
+        scorer: of the tuned layer.
+        batch: what all ranks score together.
+        config: of the run.
+        number: of the step, from 1.
+        max_loss: a loss above it has exploded.
+
+    Returns:
+        The step's record, the same on all ranks.
+    """
+    seed = step_seed(config.seed, number)
+    step = zo_step(scorer.layer, seed, config.eps, config.lr, directions=config.directions)
+    losses = _losses(scorer, step, batch, config.directions)
+    result = step.update(losses[::2], losses[1::2], max_loss=max_loss)
+    return Step(number, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
+
+
+def shares_examples(directions: int) -> bool:
+    """Whether each rank scores examples of a batch of its own, and not directions of a step."""
+    return directions % distributed.size() != 0
+
+
+def _losses(
+    scorer: Scorer, step: ZOStep, batch: Sequence[EncodedExample], directions: int
+) -> list[float]:
+    """Plus and minus of each direction in turn, over the batch.
+
+    The ranks take directions where these can be shared out evenly, and else examples.
+    """
+    mine, share = range(directions), batch
+    if shares_examples(directions):
+        share = distributed.share_of(batch)
+    else:
+        mine = distributed.share_of(mine)
+    sums, weights = [0.0] * (2 * directions), [0.0] * (2 * directions)
+    if share:
+        plan = scorer.plan(share)
+        # One direction at a time, so that its bits do not depend on who else is scored.
+        for k in mine:
+            pair, points = slice(2 * k, 2 * k + 2), [partial(step.plus, k), partial(step.minus, k)]
+            sums[pair], weight = scorer.loss_sums(plan, points)
+            weights[pair] = [weight, weight]
+    return distributed.quotients(sums, weights)

@@ -1,0 +1,306 @@
+"""The CUDA column on the simulator, by the plans that launch it on a GPU: bits of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bits import VIEWS, assert_same_bits, reference_perturb, weights
+from dlzo_kernels import _C
+from dlzo_kernels.ops._common import DTYPE_CODES
+from dlzo_kernels.ops._parts import Directions, Operand, parts_of
+from gpu_stats import stats
+from ptx.compile import nvcc_ptx
+from ptx.machine import launch
+from ptx.memory import Memory
+from ptx.parser import Kernel, parse
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SEED = 0xFEDCBA9876543210
+ARCHITECTURES = (80, 90, 120)
+KINDS = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "bfloat16 of a master": (torch.bfloat16, torch.float32),
+    "float16 of a master": (torch.float16, torch.float32),
+}
+
+
+class Device:
+    """Global memory of the simulator that stands for that of torch tensors."""
+
+    def __init__(self, architecture: int = 90) -> None:
+        self.memory = Memory()
+        self.architecture = architecture
+        self.placed: list[tuple[int, int, int]] = []
+
+    def address(self, tensor: Tensor) -> int:
+        """Where a tensor's first element is, its whole storage having been placed."""
+        return self.translate(tensor.data_ptr(), tensor)
+
+    def translate(self, pointer: int, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        for begin, size, at in self.placed:
+            if begin <= pointer < begin + max(size, 1):
+                return at + pointer - begin
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        self.placed.append((storage.data_ptr(), raw.size, self.memory.add(raw, "tensor")))
+        return self.translate(pointer, tensor)
+
+    def parts(self, operands: Sequence[Operand]) -> list:
+        result = []
+        for operand in operands:
+            for part in parts_of([operand]):
+                out = self.translate(part.out, operand.out)
+                base = self.translate(part.base, operand.base)
+                result.append(part._replace(out=out, base=base))
+        return result
+
+    def run(self, op: str, launches: Sequence[_C.gpu.Launch]) -> None:
+        for planned in launches:
+            entry = kernel(op, planned.kernel, self.architecture)
+            threads = _C.gpu.THREADS
+            launch(entry, self.memory, [planned.argument], grid=planned.blocks, block=threads)
+
+
+_kernels: dict[tuple[str, str, int], Kernel] = {}
+
+
+def kernel(op: str, name: str, architecture: int) -> Kernel:
+    key = op, name, architecture
+    if key not in _kernels:
+        _kernels[key] = parse(nvcc_ptx(CSRC / f"{op}.cu", architecture), name)
+    return _kernels[key]
+
+
+def gaussian(
+    out: Tensor, device: Device | None = None, *, seed: int = SEED, **numbers: int
+) -> None:
+    device = device or Device()
+    query = numbers.pop("query", 0)
+    operand = operand_of(out, out, **numbers)
+    directions = Directions(1, seed=seed, query=query)
+    device.run(
+        "gaussian",
+        _C.gpu.gaussian(DTYPE_CODES[out.dtype], device.parts([operand]), directions),
+    )
+
+
+def operand_of(
+    out: Tensor, base: Tensor, stream: int = 0, offset: int = 0, row_stride: int | None = None
+) -> Operand:
+    return Operand(out, base, stream, offset, row_stride)
+
+
+def perturb(
+    operands: Sequence[Operand], directions: Directions, device: Device | None = None
+) -> None:
+    device = device or Device()
+    codes = DTYPE_CODES[operands[0].out.dtype], DTYPE_CODES[operands[0].base.dtype]
+    device.run("perturb", _C.gpu.perturb(*codes, device.parts(operands), directions))
+
+
+def normals(*shape: int, dtype: torch.dtype = torch.float32, **numbers: int) -> Tensor:
+    """Normals by the reference: zero, perturbed by one z."""
+    return reference_perturb(torch.zeros(shape), SEED, 1.0, dtype, **numbers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("offset", [0, 5, 2**34 - 4, 2**64 - 9001])
+def test_raw_normals(architecture, offset):
+    out = torch.full((9001,), torch.nan)
+    gaussian(out, Device(architecture), offset=offset, stream=3, query=0x80000001)
+    assert_same_bits(out, normals(9001, offset=offset, stream=3, query=0x80000001))
+
+
+def test_blocks_around_a_carry_of_the_counter(dtype):
+    out = torch.full((5 * 8192,), torch.nan, dtype=dtype)
+    offset = 2**34 - 2 * 8192 - 16
+    gaussian(out, offset=offset)
+    assert_same_bits(out, normals(5 * 8192, dtype=dtype, offset=offset))
+
+
+@pytest.mark.parametrize("length", [*range(1, 34), 8191, 8192, 8193, 8200])
+def test_every_tail_and_nothing_beyond(length):
+    for dtype in DTYPE_CODES:
+        buffer = torch.full((length + 16,), torch.nan, dtype=dtype)
+        gaussian(buffer[8 : 8 + length], offset=length % 11)
+        assert_same_bits(buffer[8 : 8 + length], normals(length, dtype=dtype, offset=length % 11))
+        assert buffer[:8].isnan().all()
+        assert buffer[-8:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skip", [0, 1, 4, 7])
+def test_perturb_at_every_alignment(kind, skip):
+    out_dtype, base_dtype = KINDS[kind]
+    base = weights(3000, dtype=base_dtype)[skip:]
+    out = base if out_dtype is base_dtype else torch.empty(3000, dtype=out_dtype)[skip:]
+    expected = reference_perturb(base, SEED, -0.03, out_dtype, offset=skip, stream=9, query=2)
+    directions = Directions(1, seed=SEED, query=2, scale=-0.03)
+    perturb([operand_of(out, base, stream=9, offset=skip)], directions)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(dtype, view):
+    w = weights(60, 70, dtype=dtype)
+    touched = torch.zeros(60, 70, dtype=torch.bool)
+    VIEWS[view](touched).fill_(True)
+    before, part = w.clone(), VIEWS[view](w)
+    expected = reference_perturb(part, SEED, 2.0, dtype, stream=5)
+    if part.numel():
+        perturb([operand_of(part, part, stream=5)], Directions(1, seed=SEED, scale=2.0))
+    assert_same_bits(part.contiguous(), expected)
+    assert_same_bits(w[~touched], before[~touched])
+
+
+def test_a_column_shard_takes_its_part_of_the_whole():
+    whole = normals(50, 64, stream=4)
+    shard = torch.full((50, 19), torch.nan)
+    gaussian(shard, stream=4, offset=23, row_stride=64)
+    assert_same_bits(shard, whole[:, 23:42].contiguous())
+
+
+@pytest.mark.parametrize("count", [3, 80])  # 80: more parts than one launch takes
+def test_all_tensors_of_a_layer(count):
+    sizes = [(i * 37) % 200 + 1 for i in range(count)]
+    layer = [weights(size, 3, dtype=torch.bfloat16, seed=size) for size in sizes]
+    expected = [reference_perturb(w, SEED, 0.1, w.dtype, stream=i) for i, w in enumerate(layer)]
+    operands = [operand_of(w, w, stream=i) for i, w in enumerate(layer)]
+    perturb(operands, Directions(1, seed=SEED, scale=0.1))
+    for w, right in zip(layer, expected, strict=True):
+        assert_same_bits(w, right)
+
+
+@pytest.mark.parametrize("seed_there", [False, True])
+@pytest.mark.parametrize("scale_there", [False, True])
+def test_seed_and_scale_in_device_memory(seed_there, scale_there):
+    device, w = Device(), weights(777)
+    expected = reference_perturb(w, SEED, 0.25, w.dtype, query=6)
+    seed, scale = torch.tensor([SEED], dtype=torch.uint64), torch.tensor([0.25])
+    directions = Directions(
+        1,
+        seed=0 if seed_there else SEED,
+        query=6,
+        scale=9.0 if scale_there else 0.25,
+        seeds=device.address(seed) if seed_there else 0,
+        scales=device.address(scale) if scale_there else 0,
+    )
+    perturb([operand_of(w, w)], directions, device)
+    assert_same_bits(w, expected)
+
+
+def accumulated(
+    master: Tensor, out: Tensor | None, scales: list[float], *, gate: int | None = None
+) -> None:
+    device, count = Device(), len(scales)
+    seeds = torch.tensor([SEED + k for k in range(count)], dtype=torch.uint64)
+    queries = torch.tensor(range(5, 5 + count), dtype=torch.uint32)
+    held = torch.tensor(scales)
+    directions = Directions(
+        count,
+        seeds=device.address(seeds) if count else 0,
+        queries=device.address(queries) if count else 0,
+        scales=device.address(held) if count else 0,
+    )
+    flag = torch.tensor([gate or 0], dtype=torch.int32)
+    operand = operand_of(master if out is None else out, master, stream=2)
+    codes = DTYPE_CODES[operand.out.dtype], DTYPE_CODES[master.dtype]
+    parts, at = device.parts([operand]), 0 if gate is None else device.address(flag)
+    device.run("accumulate", _C.gpu.accumulate(*codes, out is not None, parts, directions, at))
+
+
+@pytest.mark.parametrize("length", [1, 13, 8193])
+def test_accumulate_is_one_direction_after_the_other(dtype, length):
+    master, scales = weights(length, dtype=dtype), [0.5, -0.001, 3.0]
+    expected = master
+    for k, scale in enumerate(scales):
+        expected = reference_perturb(expected, SEED + k, scale, dtype, query=5 + k, stream=2)
+    accumulated(master, None, scales)
+    assert_same_bits(master, expected)
+
+
+@pytest.mark.parametrize("gate", [None, 1, 0])
+def test_accumulate_writes_the_rounded_master(dtype, gate):
+    master, out = weights(999), torch.full((999,), torch.nan, dtype=dtype)
+    expected = master.clone()
+    if gate != 0:
+        expected = reference_perturb(master, SEED, 0.3, torch.float32, query=5, stream=2)
+    accumulated(master, out, [0.3], gate=gate)
+    assert_same_bits(master, expected)
+    assert_same_bits(out, expected.to(dtype))
+
+
+def test_no_direction_keeps_every_bit():
+    master, out = torch.tensor([-0.0, 0.0, 1.0]), torch.empty(3)
+    accumulated(master, out, [])
+    assert_same_bits(master, torch.tensor([-0.0, 0.0, 1.0]))
+    assert_same_bits(out, master)
+
+
+def samples() -> Iterator[tuple[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    plain = random.standard_normal((70, 300)).astype(np.float32)
+    yield "odd sizes", plain[:5, :33].copy()
+    yield "several runs and segments", random.standard_normal((600, 70)).astype(np.float32)
+    yield "a mean far away", plain * np.float32(0.5) + np.float32(1000)
+    yield "an outlier first", np.concatenate([np.float32([[60000] * 300]), plain])
+    yield "tiny", plain * np.float32(1e-7)
+    yield "constant", np.full((40, 60), np.float32(3.25))
+    yield "one value", np.float32([[-7.5]])
+    broken = plain.copy()
+    broken[3, 5], broken[60, 7], broken[61, 8] = np.nan, np.inf, np.nan
+    yield "not finite", broken
+    yield "more pieces than lanes", random.standard_normal((1, 300 * 256)).astype(np.float32)
+
+
+SAMPLES = dict(samples())
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel", "token"])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_statistics_have_the_bits_of_the_reference(dtype, per, sample):
+    x = torch.from_numpy(SAMPLES[sample]).to(dtype)
+    assert_statistics(x, per)
+
+
+def test_statistics_of_the_largest_and_smallest_numbers():
+    x = torch.from_numpy(SAMPLES["odd sizes"])
+    for scale in (1e30, 1e-38, 1e-42):
+        for per in ("tensor", "channel", "token"):
+            assert_statistics(x * scale, per)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_statistics_of_a_misaligned_view(architecture):
+    x = weights(1, 20001, dtype=torch.bfloat16)[:, 1:]
+    assert_statistics(x, "tensor", Device(architecture))
+
+
+def assert_statistics(x: Tensor, per: str, device: Device | None = None) -> None:
+    device = device or Device()
+    rows, channels = x.shape
+    reduction = ["tensor", "channel", "token"].index(per)
+    count = {"tensor": 1, "channel": channels, "token": rows}[per]
+    dtypes = (torch.float32, torch.int64, torch.float64, torch.float64, torch.float64)
+    results = [torch.full((count,), 77, dtype=dtype) for dtype in dtypes]
+    sizes = (rows, channels, reduction)
+    workspace = torch.zeros(max(1, _C.gpu.partials(*sizes) * _C.gpu.PARTIAL_BYTES // 8)).double()
+    pointers = [device.address(result) for result in results]
+    code, room = DTYPE_CODES[x.dtype], device.address(workspace)
+    plan = _C.gpu.activation_stats(device.address(x), code, *sizes, pointers, room)
+    device.run("activation_stats", plan)
+    for name, got, right in zip(
+        ("absmax", "argmax", "mean", "variance", "kurtosis"),
+        results,
+        stats(x.float().numpy(), per),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got.numpy(), right, err_msg=f"{name} per {per}")

@@ -1,0 +1,204 @@
+"""Both GPU columns on a device: bits of the CPU, streams, graphs, a step that waits for nothing.
+
+    pytest -m gpu
+
+Under NVIDIA's checker: `compute-sanitizer --tool memcheck pytest -m gpu`, and again with
+`racecheck` and `initcheck`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dlzo_kernels as dk
+from bits import VIEWS, assert_same_bits, weights
+from dlzo_kernels.ops import _gpu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+
+
+@pytest.fixture(params=_gpu.COLUMNS, autouse=True)
+def column(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each column in turn, forced."""
+    reason = _gpu.why_not(request.param)
+    if reason:
+        pytest.skip(reason)
+    _gpu.select(request.param)
+    yield request.param
+    _gpu.select_best()
+
+
+def same(on_gpu: Tensor, on_cpu: Tensor) -> None:
+    assert_same_bits(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8192, 8193, 1_000_003])
+@pytest.mark.parametrize("offset", [0, 5, 2**34 - 3, 2**64 - 1_000_003])
+def test_noise(dtype, length, offset):
+    numbers = {"stream": 3, "offset": offset, "query": 2**31, "dtype": dtype}
+    seed = 2**64 - 5
+    same(
+        dk.gaussian((length,), seed, device="cuda", **numbers),
+        dk.gaussian((length,), seed, **numbers),
+    )
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("skip", [0, 1, 4])
+def test_perturb_into(pair, skip):
+    out_dtype, base_dtype = pair
+    base = weights(100_003, dtype=base_dtype)
+    out = torch.empty(100_003, dtype=out_dtype)
+    there = out.cuda()
+    dk.perturb_into(out[skip:], base[skip:], 8, 1e-3, offset=skip)
+    dk.perturb_into(there[skip:], base.cuda()[skip:], 8, 1e-3, offset=skip)
+    same(there[skip:], out[skip:])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(dtype, view):
+    here = weights(60, 70, dtype=dtype)
+    there = here.cuda()
+    dk.perturb_(VIEWS[view](here), 8, -2.0, stream=5)
+    dk.perturb_(VIEWS[view](there), 8, -2.0, stream=5)
+    same(there, here)
+
+
+def test_a_column_shard():
+    whole = dk.gaussian((50, 64), 3, stream=4)
+    shard = dk.gaussian((50, 19), 3, stream=4, offset=23, row_stride=64, device="cuda")
+    same(shard, whole[:, 23:42].contiguous())
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_accumulate(dtype, count):
+    seeds, scales = list(range(count)), [0.1 * (k - 2) for k in range(count)]
+    master, out = weights(9001), torch.empty(9001, dtype=dtype)
+    there, out_there = master.cuda(), out.cuda()
+    dk.accumulate_(master, seeds, scales, query=list(range(count)), out=out)
+    dk.accumulate_(there, seeds, scales, query=list(range(count)), out=out_there)
+    same(there, master)
+    same(out_there, out)
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel", "token"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 33), (700, 576), (2, 40_000)])
+def test_statistics(dtype, per, shape):
+    x = weights(*shape, dtype=dtype) * 3 + 1
+    x.view(-1)[x.numel() // 2] = 60000.0
+    here, there = dk.activation_stats(x, per=per), dk.activation_stats(x.cuda(), per=per)
+    same(there.absmax, here.absmax)
+    assert torch.equal(there.argmax.cpu(), here.argmax)
+    torch.testing.assert_close(there.mean.cpu(), here.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(there.variance.cpu(), here.variance, rtol=2e-5, atol=0)
+    torch.testing.assert_close(
+        there.kurtosis.cpu(), here.kurtosis, rtol=1e-4, atol=0, equal_nan=True
+    )
+    again = dk.activation_stats(x.cuda(), per=per)
+    for first, second in zip(there, again, strict=True):
+        assert torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def test_the_current_stream_is_used():
+    stream = torch.cuda.Stream()
+    expected = dk.gaussian((1 << 20,), 5)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        w = torch.zeros(1 << 20, device="cuda")
+        dk.perturb_(w, 5, 1.0)
+        found = w.clone()
+    stream.synchronize()
+    same(found, expected)
+
+
+def test_a_captured_launch_takes_new_seeds_and_scales():
+    w = torch.zeros(5000, device="cuda")
+    seed = torch.tensor([1], device="cuda")
+    scale = torch.tensor([1.0], device="cuda")
+    dk.perturb_(w.clone(), seed, scale)  # what is compiled or loaded at a first call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dk.perturb_(w, seed, scale)
+    for number, factor in ((7, 0.5), (2**63 - 1, -2.0)):
+        w.zero_()
+        seed.fill_(number)
+        scale.fill_(factor)
+        graph.replay()
+        same(w, dk.perturb_(torch.zeros(5000), number, factor))
+
+
+def layer_on(device: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 48), nn.LayerNorm(48), nn.Linear(48, 64, bias=False))
+    return layer.to(device, dtype)
+
+
+def test_a_step_waits_for_nothing(dtype):
+    layer = layer_on("cuda", dtype)
+    x = torch.randn(8, 64, device="cuda", dtype=dtype)
+    dk.zo_step(layer, 0, 1e-2, 1e-2, closure=lambda: layer(x).float().square().mean())
+    step = dk.zo_step(layer, 1, 1e-2, 1e-2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with step.plus():
+            plus = layer(x).float().square().mean()
+        with step.minus():
+            minus = layer(x).float().square().mean()
+        result = step.update(plus, minus)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.applied
+    assert result.loss_plus == plus.item()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_moves_nothing(dtype, bad):
+    layer = layer_on("cuda", dtype)
+    before = [p.detach().cpu().clone() for p in layer.parameters()]
+    loss = torch.tensor(bad, device="cuda")
+    assert not dk.zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: loss).applied
+    for now, then in zip(layer.parameters(), before, strict=True):
+        same(now.detach(), then)
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_a_run_replays_to_the_same_bits_on_the_cpu(dtype, directions):
+    here, there = layer_on("cpu", dtype), layer_on("cuda", dtype)
+    x = torch.randn(32, 64, device="cuda", dtype=dtype)
+    seeds, scales, queries = [], [], []
+    for number in range(20):
+        result = dk.zo_step(
+            there,
+            number,
+            1e-2,
+            1e-2,
+            closure=lambda: (there(x) - x).float().square().mean(),
+            directions=directions,
+        )
+        assert result.applied
+        seeds += [number] * directions
+        scales += dk.update_scales(1e-2, result.projected_grads)
+        queries += range(directions)
+    dk.zo_replay(here, seeds, scales, queries)
+    for on_gpu, on_cpu in zip(there.parameters(), here.parameters(), strict=True):
+        same(on_gpu.detach(), on_cpu.detach())
+
+
+def test_operators_are_registered():
+    w = weights(100).cuda()
+    torch.library.opcheck(torch.ops.dlzo.perturb_.default, (w, 7, 0.5, 1, 2, 3, None))
+    torch.library.opcheck(torch.ops.dlzo.activation_stats.default, (w, "tensor"))
