@@ -56,13 +56,7 @@ class Plan(NamedTuple):
 
 
 def launch(plans: Iterable[Plan], device: torch.device) -> None:
-    """Enqueues kernels on torch's current stream of the device; waits for nothing.
-
-    Raises:
-        RuntimeError: Triton is not installed.
-    """
-    if not available():
-        raise RuntimeError("Triton is not installed; run: pip install 'dlzo-kernels[triton]'")
+    """Enqueues kernels on torch's current stream of the device; waits for nothing."""
     with torch.cuda.device(device):
         for plan in plans:
             types = tuple(map(type_of, plan.arguments))
@@ -129,9 +123,9 @@ def _philox(
 
 
 @jit
-def _horner(coefficients: tl.constexpr, x: tl.tensor) -> tl.tensor:
+def _horner(coefficients: tl.constexpr, COUNT: tl.constexpr, x: tl.tensor) -> tl.tensor:
     p = x * coefficients[0] + coefficients[1]
-    for k in tl.static_range(2, len(coefficients)):
+    for k in tl.static_range(2, COUNT):
         p = p * x + coefficients[k]
     return p
 
@@ -144,7 +138,7 @@ def _radius(word: tl.tensor) -> tl.tensor:
     log_power = (raw.to(tl.int32, bitcast=True) >> 23).to(tl.float32) * _MINUS_2_LN2
     twice_m = (raw & 0x7FFFFF) + (0x3F2AAAAB + (1 << 23))
     g = 2.0 - twice_m.to(tl.float32, bitcast=True)
-    return tl.sqrt_rn(log_power + (_horner(_LOG, g) * (g * g) + g))
+    return tl.sqrt_rn(log_power + (_horner(_LOG, 9, g) * (g * g) + g))
 
 
 @jit
@@ -156,7 +150,7 @@ def _flip_sign(x: tl.tensor, sign: tl.tensor) -> tl.tensor:
 def _cos_sin(word: tl.tensor) -> tuple[tl.tensor, ...]:
     """Of 2 pi word / 2^32: the low 30 bits are the angle inside a quadrant."""
     z = (word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-31
-    odd, even = _horner(_SIN, z * z) * z, _horner(_COS, z * z)
+    odd, even = _horner(_SIN, 4, z * z) * z, _horner(_COS, 5, z * z)
     quadrant = word + 0x20000000  # bit 31: sign of the sine, bit 30: swap
     swap = (quadrant & 0x40000000) != 0
     cos = _flip_sign(tl.where(swap, odd, even), word + 0x60000000)
@@ -394,7 +388,7 @@ def tiles_of_program(part: Parts, length: tl.tensor) -> tuple[tl.tensor, tl.tens
 def whole_place(part: Parts, tile: tl.tensor, VECTOR: tl.constexpr) -> Place:
     """The Place of a tile of an aligned part."""
     start = tile * WHOLE
-    block = (part.offset.to(tl.uint64) + start.to(tl.uint64)) >> 2
+    block = (part.offset + start).to(tl.uint64) >> 2
     low = block.to(tl.uint32) + tl.arange(0, WHOLE // VECTOR).to(tl.uint32) * (VECTOR // 4)
     column = start + tl.arange(0, WHOLE)
     return Place(low, (block >> 32).to(tl.uint32), column, column, None)
@@ -404,7 +398,7 @@ def whole_place(part: Parts, tile: tl.tensor, VECTOR: tl.constexpr) -> Place:
 def odd_place(part: Parts, tile: tl.tensor) -> Place:
     """The Place of a tile of any other part; VECTOR is 4."""
     log_width = part.log_width.to(tl.int32)
-    tile, tiles_per_row = tile.to(tl.int32), part.tiles_per_row.to(tl.int32)
+    tile, tiles_per_row = tl.cast(tile, tl.int32), part.tiles_per_row.to(tl.int32)
     first_row = (tile // tiles_per_row).to(tl.int64) * (ODD // 4 >> log_width)
     first_block = (tile % tiles_per_row).to(tl.int64) << log_width
 

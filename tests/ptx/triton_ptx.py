@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from dlzo_kernels.ops._parts import Operand, Part, parts_of
@@ -23,84 +23,83 @@ TARGETS = {
 }
 
 
-class Compiled(NamedTuple):
-    """What a compiler made of a plan's kernel: its code by kind, and bytes of shared memory."""
-
-    asm: dict[str, Any]
-    shared: int
-    entry: str
-
-
-def compile_plan(plan: Plan, target: str) -> Compiled:
-    """The kernel of a plan for one of TARGETS."""
-    types = tuple(map(type_of, plan.arguments))
-    compiled = compile_for(TARGETS[target], plan.kernel, types, plan.constants, plan.num_warps)
-    return Compiled(compiled.asm, compiled.metadata.shared, compiled.metadata.name)
+def compile_plan(plan: Plan, target: str) -> Any:
+    """The kernel of a plan for one of TARGETS: a triton CompiledKernel."""
+    return _compiled(
+        plan.kernel,
+        tuple(map(type_of, plan.arguments)),
+        tuple(plan.constants.items()),
+        plan.num_warps,
+        target,
+    )
 
 
-class Simulator:
-    """A GPU's memory with the storage of torch tensors in it, and a processor for plans.
+class Device:
+    """Global memory of the simulator that stands for that of torch tensors.
 
     Args:
         target: one of TARGETS that has PTX.
     """
 
-    def __init__(self, *tensors: torch.Tensor, target: str = "sm_90") -> None:
+    def __init__(self, target: str = "sm_90") -> None:
         self.memory, self.target = Memory(), target
-        self.storages: list[tuple[int, int, int]] = []  # host address, bytes, simulated address
-        for tensor in tensors:
-            self.add(tensor)
+        self.placed: list[tuple[int, int, int]] = []  # host address, bytes, simulated address
 
-    def add(self, tensor: torch.Tensor) -> None:
-        """Tensors of its storage can be used from now on."""
+    def address(self, tensor: Tensor) -> int:
+        """Where a tensor's first element is, its whole storage having been placed."""
         storage = tensor.untyped_storage()
-        raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        name = f"{tensor.dtype} {tuple(tensor.shape)}"
-        place = storage.data_ptr(), storage.nbytes(), self.memory.add(raw, name)
-        self.storages.append(place)
+        if not any(begin == storage.data_ptr() for begin, *_ in self.placed):
+            raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            place = storage.data_ptr(), raw.size, self.memory.add(raw, f"{tuple(tensor.shape)}")
+            self.placed.append(place)
+        return self.translate(tensor.data_ptr())
 
-    def address(self, host: int) -> int:
-        """Where the simulator sees what lies at this address."""
-        for begin, size, simulated in self.storages:
-            if begin <= host < begin + size:
-                return simulated + host - begin
-        raise ValueError(f"no tensor at {host:#x} was added")
+    def translate(self, pointer: int) -> int:
+        """Where the simulator has what the host has at this address."""
+        places = (at + pointer - begin for begin, n, at in self.placed if 0 <= pointer - begin < n)
+        return next(places)
 
     def parts(self, operands: Iterable[Operand]) -> list[Part]:
-        """Their parts, as the simulator sees them."""
+        """Their parts, with addresses of the simulator."""
+        operands = [operand for operand in operands if operand.out.numel()]
+        for operand in operands:
+            self.address(operand.out)
+            self.address(operand.base)
         return [
-            part._replace(out=self.address(part.out), base=self.address(part.base))
+            part._replace(out=self.translate(part.out), base=self.translate(part.base))
             for part in parts_of(operands)
         ]
 
     def run(self, plans: Iterable[Plan]) -> int:
-        """Runs plans one after the other; how many there were."""
-        count = 0
+        """Runs plans one after the other; returns how many."""
+        plans = list(plans)
         for plan in plans:
-            kernel, shared = _parsed(
-                plan.kernel,
-                tuple(map(type_of, plan.arguments)),
-                tuple(plan.constants.items()),
-                plan.num_warps,
-                self.target,
-            )
+            compiled = compile_plan(plan, self.target)
+            kernel = _parsed(compiled.asm["ptx"])
             arguments = [*_flat(plan.arguments)]
-            # Triton's own scratch pointers, which these kernels do not use.
+            # Triton's own scratch memory, of which these kernels use none.
             arguments += [0] * (len(kernel.parameters) - len(arguments))
-            block = 32 * plan.num_warps
             launch(
-                kernel, self.memory, arguments, grid=plan.grid, block=block, dynamic_shared=shared
+                kernel,
+                self.memory,
+                arguments,
+                grid=plan.grid,
+                block=32 * plan.num_warps,
+                dynamic_shared=compiled.metadata.shared,
             )
-            count += 1
-        return count
+        return len(plans)
 
 
 @functools.cache
-def _parsed(
+def _compiled(
     kernel: Any, types: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int, target: str
-) -> tuple[Kernel, int]:
-    compiled = compile_for(TARGETS[target], kernel, types, dict(constants), num_warps)
-    return parse(compiled.asm["ptx"]), compiled.metadata.shared
+) -> Any:
+    return compile_for(TARGETS[target], kernel, types, dict(constants), num_warps)
+
+
+@functools.cache
+def _parsed(ptx: str) -> Kernel:
+    return parse(ptx)
 
 
 def _flat(arguments: Iterable[Any]) -> Iterator[int | float]:
@@ -108,4 +107,4 @@ def _flat(arguments: Iterable[Any]) -> Iterator[int | float]:
         if isinstance(argument, tuple):
             yield from _flat(argument)
         else:
-            yield argument if isinstance(argument, float) else np.int64(argument)
+            yield argument
