@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,24 @@ from dlzo_kernels.ops._common import (
     to_unsigned,
 )
 from dlzo_kernels.ops._parts import Directions, Operand, Part, by_kind, parts_of
+from dlzo_kernels.ops._triton import (
+    ODD,
+    WHOLE,
+    Parts,
+    Place,
+    Plan,
+    aligned,
+    direction_of,
+    jit,
+    launch,
+    normals,
+    odd_place,
+    part_of_program,
+    plans,
+    tiles_of_program,
+    tl,
+    whole_place,
+)
 
 LIBRARY.define(
     "accumulate_(Tensor(a!) master, int[] seeds, float[] scales, int stream, int offset, "
@@ -199,7 +217,7 @@ def _launch(
         plan = _C.gpu.accumulate(*codes, writes_out, parts, directions, gate_at)
         _gpu.launch(plan, device)
     else:
-        launch_triton(parts, out, base, writes_out, directions, gate_at)
+        launch(triton_plans(parts, out, base, writes_out, directions, gate_at), device)
 
 
 def _check_out(master: Tensor, out: Tensor) -> None:
@@ -216,3 +234,83 @@ def _check_out(master: Tensor, out: Tensor) -> None:
 register_silent_fake("accumulate_")
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("accumulate_", _accumulate, _key)
+
+
+@jit
+def _accumulate_tile(
+    out: tl.tensor,
+    base: tl.tensor,
+    place: Place,
+    directions: Directions,
+    count: tl.tensor,
+    stream: tl.tensor,
+    IN_MEMORY: tl.constexpr,
+    WRITES_OUT: tl.constexpr,
+    TILE: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    value = tl.load(base + place.base, mask=place.inside)
+    for k in range(count):
+        direction = direction_of(directions, k, stream, IN_MEMORY)
+        moved = value.to(tl.float32) + direction.scale * normals(place, direction, TILE, VECTOR)
+        value = moved.to(value.dtype)
+    if count > 0:
+        tl.store(base + place.base, value, mask=place.inside)
+    if WRITES_OUT:
+        tl.store(out + place.out, value.to(out.dtype.element_ty), mask=place.inside)
+
+
+@jit
+def _accumulate_kernel(
+    parts: Parts,
+    length: tl.tensor,
+    directions: Directions,
+    gate: tl.tensor,
+    OUT: tl.constexpr,
+    BASE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+    WRITES_OUT: tl.constexpr,
+) -> None:
+    part = part_of_program(parts)
+    count = directions.count
+    if gate != 0:
+        count *= (tl.load(gate.to(tl.pointer_type(tl.int32))) != 0).to(tl.int64)
+    first, last = tiles_of_program(part, length)
+    if part.tiles_per_row == 0:
+        out, base = aligned(part.out, OUT), aligned(part.base, BASE)
+        for tile in range(first, last):
+            place = whole_place(part, tile, VECTOR)
+            _accumulate_tile(
+                out,
+                base,
+                place,
+                directions,
+                count,
+                part.stream,
+                IN_MEMORY,
+                WRITES_OUT,
+                WHOLE,
+                VECTOR,
+            )
+    else:
+        out, base = part.out.to(tl.pointer_type(OUT)), part.base.to(tl.pointer_type(BASE))
+        for tile in range(first, last):
+            place = odd_place(part, tile)
+            _accumulate_tile(
+                out, base, place, directions, count, part.stream, IN_MEMORY, WRITES_OUT, ODD, 4
+            )
+
+
+def triton_plans(
+    parts: Sequence[Part],
+    out: torch.dtype,
+    base: torch.dtype,
+    writes_out: bool,
+    directions: Directions,
+    gate: int,
+) -> Iterator[Plan]:
+    """The Triton launches that move parts along directions; `gate` is an address or 0."""
+    return plans(
+        _accumulate_kernel, parts, directions, gate, out=out, base=base, WRITES_OUT=writes_out
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,25 @@ from dlzo_kernels.ops._common import (
     to_unsigned,
 )
 from dlzo_kernels.ops._parts import Directions, Operand, Part, parts_of
+from dlzo_kernels.ops._triton import (
+    ODD,
+    WHOLE,
+    Direction,
+    Parts,
+    Place,
+    Plan,
+    aligned,
+    direction_of,
+    jit,
+    launch,
+    normals,
+    odd_place,
+    part_of_program,
+    plans,
+    tiles_of_program,
+    tl,
+    whole_place,
+)
 
 LIBRARY.define(
     "gaussian(int[] shape, int seed, int stream, int offset, int query, int? row_stride, "
@@ -104,7 +123,7 @@ def _launch(
     if _gpu.selected() == "cuda":
         _gpu.launch(_C.gpu.gaussian(DTYPE_CODES[dtype], parts, directions), device)
     else:
-        launch_triton(parts, dtype, directions)
+        launch(triton_plans(parts, dtype, directions), device)
 
 
 @torch.library.register_fake("dlzo::gaussian", lib=LIBRARY)
@@ -122,3 +141,41 @@ def _(
 
 
 LIBRARY.impl("gaussian", _gaussian, "CompositeExplicitAutograd")
+
+
+@jit
+def _fill_tile(
+    out: tl.tensor, place: Place, direction: Direction, TILE: tl.constexpr, VECTOR: tl.constexpr
+) -> None:
+    z = normals(place, direction, TILE, VECTOR)
+    tl.store(out + place.out, z.to(out.dtype.element_ty), mask=place.inside)
+
+
+@jit
+def _gaussian_kernel(
+    parts: Parts,
+    length: tl.tensor,
+    directions: Directions,
+    OUT: tl.constexpr,
+    BASE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+) -> None:
+    part = part_of_program(parts)
+    direction = direction_of(directions, 0, part.stream, IN_MEMORY)
+    first, last = tiles_of_program(part, length)
+    if part.tiles_per_row == 0:
+        out = aligned(part.out, OUT)
+        for tile in range(first, last):
+            _fill_tile(out, whole_place(part, tile, VECTOR), direction, WHOLE, VECTOR)
+    else:
+        out = part.out.to(tl.pointer_type(OUT))
+        for tile in range(first, last):
+            _fill_tile(out, odd_place(part, tile), direction, ODD, 4)
+
+
+def triton_plans(
+    parts: Sequence[Part], dtype: torch.dtype, directions: Directions
+) -> Iterator[Plan]:
+    """The Triton launches that fill parts with normals."""
+    return plans(_gaussian_kernel, parts, directions, out=dtype, base=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,25 @@ from dlzo_kernels.ops._common import (
     to_unsigned,
 )
 from dlzo_kernels.ops._parts import Directions, Operand, Part, by_kind, parts_of
+from dlzo_kernels.ops._triton import (
+    ODD,
+    WHOLE,
+    Direction,
+    Parts,
+    Place,
+    Plan,
+    aligned,
+    direction_of,
+    jit,
+    launch,
+    normals,
+    odd_place,
+    part_of_program,
+    plans,
+    tiles_of_program,
+    tl,
+    whole_place,
+)
 
 LIBRARY.define(
     "perturb_(Tensor(a!) w, int seed, float scale, int stream, int offset, int query, "
@@ -206,7 +225,7 @@ def _launch(
         codes = DTYPE_CODES[out], DTYPE_CODES[base]
         _gpu.launch(_C.gpu.perturb(*codes, parts, directions), device)
     else:
-        launch_triton(parts, out, base, directions)
+        launch(triton_plans(parts, out, base, directions), device)
 
 
 register_silent_fake("perturb_")
@@ -214,3 +233,48 @@ register_silent_fake("perturb_into")
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("perturb_", _perturb_in_place, _key)
     LIBRARY.impl("perturb_into", _perturb_into, _key)
+
+
+@jit
+def _perturb_tile(
+    out: tl.tensor,
+    base: tl.tensor,
+    place: Place,
+    direction: Direction,
+    TILE: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    value = tl.load(base + place.base, mask=place.inside).to(tl.float32)
+    value += direction.scale * normals(place, direction, TILE, VECTOR)
+    tl.store(out + place.out, value.to(out.dtype.element_ty), mask=place.inside)
+
+
+@jit
+def _perturb_kernel(
+    parts: Parts,
+    length: tl.tensor,
+    directions: Directions,
+    OUT: tl.constexpr,
+    BASE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    IN_MEMORY: tl.constexpr,
+) -> None:
+    part = part_of_program(parts)
+    direction = direction_of(directions, 0, part.stream, IN_MEMORY)
+    first, last = tiles_of_program(part, length)
+    if part.tiles_per_row == 0:
+        out, base = aligned(part.out, OUT), aligned(part.base, BASE)
+        for tile in range(first, last):
+            place = whole_place(part, tile, VECTOR)
+            _perturb_tile(out, base, place, direction, WHOLE, VECTOR)
+    else:
+        out, base = part.out.to(tl.pointer_type(OUT)), part.base.to(tl.pointer_type(BASE))
+        for tile in range(first, last):
+            _perturb_tile(out, base, odd_place(part, tile), direction, ODD, 4)
+
+
+def triton_plans(
+    parts: Sequence[Part], out: torch.dtype, base: torch.dtype, directions: Directions
+) -> Iterator[Plan]:
+    """The Triton launches that perturb parts along the first of some directions."""
+    return plans(_perturb_kernel, parts, directions, out=out, base=base)

@@ -1,0 +1,453 @@
+"""The Triton column without a GPU: compiled for every target, and its PTX run on the simulator.
+
+The plans are those that a GPU gets; the bits are those of the reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bits import VIEWS, assert_same_bits, reference_perturb, to_float32, weights
+from dlzo_kernels.ops._parts import Directions, Operand
+from gpu_stats import Stats, stats
+
+pytest.importorskip("triton")
+
+from dlzo_kernels import _C
+from dlzo_kernels.ops import _triton
+from dlzo_kernels.ops._triton import Plan
+from ptx import lint
+from ptx.triton_ptx import TARGETS, Device, compile_plan
+
+gaussian, perturb, accumulate, activation_stats = (
+    importlib.import_module(f"dlzo_kernels.ops.{op}")
+    for op in ("gaussian", "perturb", "accumulate", "activation_stats")
+)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
+WHOLE, ODD = 2048, 512  # elements of a tile
+SEED = 0xFEDCBA9876543210
+REDUCTIONS = {"tensor": 0, "channel": 1, "token": 2}
+
+
+# Compiled for every target.
+
+
+def some_parts(count: int = 1) -> list:
+    w = torch.empty(10 * WHOLE)
+    return Device().parts([Operand(w, w, 0, 0, None)] * count)
+
+
+def noise_plans() -> Iterator[tuple[str, Plan]]:
+    one, many = Directions(1, SEED, 0, 0.5), Directions(7, seeds=64, queries=64, scales=64)
+    for dtype in (F32, BF16, F16):
+        for plan in gaussian.triton_plans(some_parts(), dtype, one):
+            yield f"gaussian {dtype}", plan
+    for out, base in PAIRS:
+        for plan in perturb.triton_plans(some_parts(), out, base, one):
+            yield f"perturb {out} {base}", plan
+    for plan in perturb.triton_plans(some_parts(12), BF16, F32, many):
+        yield "perturb many parts from memory", plan
+    for out in (F32, BF16, F16):
+        for plan in accumulate.triton_plans(some_parts(), out, F32, True, many, 64):
+            yield f"accumulate {out}", plan
+    for base in (BF16, F16):
+        for plan in accumulate.triton_plans(some_parts(), base, base, False, many, 0):
+            yield f"accumulate in {base}", plan
+
+
+def stats_plans() -> Iterator[tuple[str, Plan]]:
+    for dtype in (F32, BF16, F16):
+        for per, reduction in REDUCTIONS.items():
+            plans = activation_stats.triton_plans(64, dtype, 3, 40_001, reduction, (64,) * 5, 64)
+            for i, plan in enumerate(plans):
+                yield f"{per} {dtype} {i}", plan
+
+
+NOISE_PLANS, STATS_PLANS = dict(noise_plans()), dict(stats_plans())
+# The others differ by a type.
+CHOSEN = [
+    "gaussian torch.float32",
+    "perturb torch.bfloat16 torch.bfloat16",
+    "perturb many parts from memory",
+    "accumulate torch.bfloat16",
+    "tensor torch.bfloat16 0",
+    "tensor torch.bfloat16 1",
+    "channel torch.bfloat16 0",
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_for_every_target(target):
+    plans = NOISE_PLANS | STATS_PLANS
+    for name in plans if os.environ.get("DLZO_TEST_ALL") else CHOSEN:
+        asm = compile_plan(plans[name], target).asm
+        if target == "gfx942":
+            assert asm["hsaco"]
+            assert not [line for line in asm["amdgcn"].splitlines() if "v_fma_mix" in line]
+        else:
+            assert asm["cubin"]
+            assert lint.inexact(asm["ptx"]) == []
+
+
+@pytest.mark.parametrize("name", NOISE_PLANS)
+def test_noise_is_exact_and_never_fused(name):
+    ptx = compile_plan(NOISE_PLANS[name], "sm_90").asm["ptx"]
+    assert lint.inexact(ptx) == []
+    assert lint.fused(ptx) == []
+    assert "sqrt.rn.f32" in ptx
+
+
+@pytest.mark.parametrize("name", STATS_PLANS)
+def test_statistics_are_fused_only_where_said(name):
+    ptx = compile_plan(STATS_PLANS[name], "sm_90").asm["ptx"]
+    assert lint.inexact(ptx) == []
+    assert set(lint.fused(ptx)) <= {"fma.rn.f32"}
+
+
+@pytest.mark.parametrize("name", NOISE_PLANS)
+def test_aligned_memory_moves_16_bytes_at_a_time(name):
+    ptx = compile_plan(NOISE_PLANS[name], "sm_90").asm["ptx"]
+    assert "st.global.v4.b32" in ptx
+    assert "gaussian" in name or "ld.global.v4.b32" in ptx
+
+
+def test_numbers_do_not_compile_new_variants():
+    def types(n: int, seed: int, offset: int, address: int) -> tuple:
+        w = torch.empty(n)
+        (part,) = Device().parts([Operand(w, w, 1, offset, None)])
+        part = part._replace(out=part.out + address)
+        (plan,) = perturb.triton_plans([part], F32, F32, Directions(1, seed, 16, 1.0))
+        return tuple(map(_triton.type_of, plan.arguments)), plan.constants
+
+    expected = types(1, 0, 0, 0)
+    assert types(16, 1, 1 << 40, 4) == expected
+    assert types(WHOLE, (1 << 64) - 1, (1 << 64) - 5000, 16) == expected
+
+
+# Noise and weights, bit for bit.
+
+
+def operand(
+    out: Tensor,
+    base: Tensor | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    row_stride: int | None = None,
+) -> Operand:
+    return Operand(out, out if base is None else base, stream, offset, row_stride)
+
+
+def run_gaussian(out: Tensor, target: str = "sm_90", query: int = 0, **numbers: int) -> int:
+    device = Device(target)
+    directions = Directions(1, SEED, query)
+    parts = device.parts([operand(out, **numbers)])
+    return device.run(gaussian.triton_plans(parts, out.dtype, directions))
+
+
+def run_perturb(
+    operands: Sequence[Operand], directions: Directions, device: Device | None = None
+) -> int:
+    device = device or Device()
+    dtypes = operands[0].out.dtype, operands[0].base.dtype
+    return device.run(perturb.triton_plans(device.parts(operands), *dtypes, directions))
+
+
+def normals(*shape: int, dtype: torch.dtype = F32, **numbers: int) -> Tensor:
+    """Normals by the reference: zero, perturbed by one z."""
+    return reference_perturb(torch.zeros(shape), SEED, 1.0, dtype, **numbers)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("offset", [0, 5, 2**34 - 4, 2**34 - 3, 2**64 - 9001])
+def test_raw_normals(target, offset):
+    out = torch.full((9001,), torch.nan)
+    run_gaussian(out, target, offset=offset, stream=3, query=0x80000001)
+    assert_same_bits(out, normals(9001, offset=offset, stream=3, query=0x80000001))
+
+
+@pytest.mark.parametrize(
+    "length", [*range(1, 18), *range(ODD - 4, ODD + 9), *range(WHOLE - 2, WHOLE + 10), 3 * WHOLE]
+)
+def test_every_tail_and_nothing_beyond(length):
+    for dtype in (F32, BF16, F16):
+        buffer = torch.full((length + 16,), torch.nan, dtype=dtype)
+        offset = length % 11
+        run_gaussian(buffer[8 : 8 + length], offset=offset)
+        assert_same_bits(buffer[8 : 8 + length], normals(length, dtype=dtype, offset=offset))
+        assert buffer[:8].isnan().all()
+        assert buffer[-8:].isnan().all()
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("skip", [0, 1, 4, 8])
+@pytest.mark.parametrize("offset", [0, 2])
+def test_perturb_at_every_alignment(pair, skip, offset):
+    out_dtype, base_dtype = pair
+    base = weights(WHOLE + 1000, dtype=base_dtype)[skip:]
+    out = base if out_dtype is base_dtype else torch.empty(len(base), dtype=out_dtype)
+    expected = reference_perturb(base, SEED, -0.03, out_dtype, offset=offset, stream=9, query=2)
+    directions = Directions(1, SEED, 2, -0.03)
+    run_perturb([operand(out, base, 9, offset)], directions)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(dtype, view):
+    w = weights(60, 70, dtype=dtype)
+    touched = torch.zeros(60, 70, dtype=torch.bool)
+    VIEWS[view](touched).fill_(True)
+    before, part = w.clone(), VIEWS[view](w)
+    expected = reference_perturb(part, SEED, 2.0, dtype, stream=5)
+    run_perturb([operand(part, stream=5)], Directions(1, SEED, 0, 2.0))
+    assert_same_bits(part.contiguous(), expected)
+    assert_same_bits(w[~touched], before[~touched])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 300])
+@pytest.mark.parametrize("columns", [1, 3, 130, 700])
+def test_a_column_shard_takes_its_part_of_the_whole(rows, columns):
+    whole = normals(rows, 801, stream=4, offset=2**34 - 700)
+    shard = torch.full((rows, columns), torch.nan)
+    run_gaussian(shard, stream=4, offset=2**34 - 700 + 23, row_stride=801)
+    assert_same_bits(shard, whole[:, 23 : 23 + columns].contiguous())
+
+
+@pytest.mark.parametrize(("count", "launches"), [(3, 1), (16, 1), (17, 2)])
+def test_all_tensors_of_a_layer(count, launches):
+    sizes = [(i * 37) % 200 + 1 for i in range(count)]
+    sizes[1:3] = WHOLE, 2 * WHOLE
+    layer = [weights(size, dtype=BF16, seed=size) for size in sizes]
+    layer[-1] = weights(9, 10, dtype=BF16).t()
+    expected = [reference_perturb(w, SEED, 0.1, w.dtype, stream=i) for i, w in enumerate(layer)]
+    operands = [operand(w, stream=i) for i, w in enumerate(layer)]
+    assert run_perturb(operands, Directions(1, SEED, 0, 0.1)) == launches
+    for w, right in zip(layer, expected, strict=True):
+        assert_same_bits(w.contiguous(), right)
+
+
+def test_programs_that_make_several_tiles(monkeypatch):
+    monkeypatch.setattr(_triton, "_PROGRAMS", 2)
+    layer = [weights(11 * WHOLE + 3), weights(5000)[1:], weights(30, 120)[:, :110]]
+    expected = [reference_perturb(w, SEED, 0.1, w.dtype, stream=i) for i, w in enumerate(layer)]
+    operands = [operand(w, stream=i) for i, w in enumerate(layer)]
+    device = Device()
+    (plan,) = perturb.triton_plans(device.parts(operands), F32, F32, Directions(1, SEED, 0, 0.1))
+    assert plan.grid < 8
+    device.run([plan])
+    for w, right in zip(layer, expected, strict=True):
+        assert_same_bits(w.contiguous(), right)
+
+
+@pytest.mark.parametrize("seed_there", [False, True])
+@pytest.mark.parametrize("scale_there", [False, True])
+def test_seed_and_scale_in_device_memory(seed_there, scale_there):
+    device, w = Device(), weights(WHOLE + 77)
+    expected = reference_perturb(w, SEED, 0.25, w.dtype, query=6)
+    seed, scale = torch.tensor([SEED], dtype=torch.uint64), torch.tensor([0.25])
+    directions = Directions(
+        1,
+        seed=0 if seed_there else SEED,
+        query=6,
+        scale=9.0 if scale_there else 0.25,
+        seeds=device.address(seed) if seed_there else 0,
+        scales=device.address(scale) if scale_there else 0,
+    )
+    run_perturb([operand(w)], directions, device)
+    assert_same_bits(w, expected)
+
+
+def run_accumulate(
+    master: Tensor, out: Tensor | None, scales: list[float], *, gate: int | None = None
+) -> None:
+    device, count = Device(), len(scales)
+    seeds = torch.tensor([SEED + k for k in range(count)], dtype=torch.uint64)
+    queries = torch.tensor([5 + (k << 31) for k in range(count)], dtype=torch.uint32)
+    held = torch.tensor(scales)
+    directions = Directions(
+        count,
+        seeds=device.address(seeds) if count else 0,
+        queries=device.address(queries) if count else 0,
+        scales=device.address(held) if count else 0,
+    )
+    flag = torch.tensor([gate or 0], dtype=torch.int32)
+    target = operand(master if out is None else out, master, stream=2)
+    parts, at = device.parts([target]), 0 if gate is None else device.address(flag)
+    dtypes = target.out.dtype, master.dtype
+    device.run(accumulate.triton_plans(parts, *dtypes, out is not None, directions, at))
+
+
+@pytest.mark.parametrize("length", [1, 13, WHOLE, WHOLE + 1])
+def test_accumulate_is_one_direction_after_the_other(dtype, length):
+    master, scales = weights(length, dtype=dtype), [0.5, -0.001]
+    expected = master
+    for k, scale in enumerate(scales):
+        query = 5 + (k << 31)
+        expected = reference_perturb(expected, SEED + k, scale, dtype, query=query, stream=2)
+    run_accumulate(master, None, scales)
+    assert_same_bits(master, expected)
+
+
+@pytest.mark.parametrize("gate", [None, 1, 0])
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w[::2]], ids=["whole", "strided"])
+def test_accumulate_writes_the_rounded_master(dtype, gate, view):
+    master = view(weights(2 * WHOLE + 999))
+    out = torch.full((len(master),), torch.nan, dtype=dtype)
+    expected = master.clone()
+    if gate != 0:
+        expected = reference_perturb(master, SEED, 0.3, F32, query=5, stream=2)
+    run_accumulate(master, out, [0.3], gate=gate)
+    assert_same_bits(master.contiguous(), expected)
+    assert_same_bits(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("gate", [None, 0])
+def test_no_direction_keeps_every_bit(gate):
+    master = torch.tensor([-0.0, 0.0, 1.0]).repeat(WHOLE)
+    out, before = torch.empty_like(master), master.clone()
+    run_accumulate(master, out, [] if gate is None else [1.0], gate=gate)
+    assert_same_bits(master, before)
+    assert_same_bits(out, before)
+
+
+def test_special_values_round_like_the_reference(dtype):
+    tiny, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    values = [0.0, -0.0, tiny, -tiny, tiny / 4, largest, -largest, float("inf"), -float("inf")]
+    for scale in (1.0, 0.0, largest / 4, 1e-30):
+        w = torch.tensor(values).repeat(WHOLE // 8).to(dtype)
+        expected = reference_perturb(w, SEED, scale, dtype)
+        run_perturb([operand(w)], Directions(1, SEED, 0, scale))
+        assert_same_bits(w, expected)
+    w = torch.full((WHOLE + 1,), torch.nan, dtype=dtype)
+    run_perturb([operand(w)], Directions(1, SEED, 0, 1.0))
+    assert w.isnan().all()
+
+
+# Statistics, in the order of tests/gpu_stats.py.
+
+
+def samples() -> Iterator[tuple[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    plain = random.standard_normal((70, 300)).astype(np.float32)
+    yield "odd sizes", plain[:5, :33].copy()
+    yield "several runs and segments", random.standard_normal((600, 70)).astype(np.float32)
+    yield "aligned", random.standard_normal((3, 16_384 + 520)).astype(np.float32)
+    yield "a mean far away", plain * np.float32(0.5) + np.float32(1000)
+    yield "an outlier first", np.concatenate([np.float32([[60000] * 300]), plain])
+    yield "tiny", plain * np.float32(1e-7)
+    yield "constant", np.full((40, 60), np.float32(3.25))
+    yield "one value", np.float32([[-7.5]])
+    broken = plain.copy()
+    broken[3, 5], broken[60, 7], broken[61, 8] = np.nan, np.inf, np.nan
+    yield "not finite", broken
+
+
+SAMPLES = dict(samples())
+
+
+def run_stats(x: Tensor, per: str, target: str = "sm_90") -> Stats:
+    device, (rows, channels) = Device(target), x.shape
+    sizes = rows, channels, REDUCTIONS[per]
+    count = {"tensor": 1, "channel": channels, "token": rows}[per]
+    dtypes = (torch.float32, torch.int64, torch.float64, torch.float64, torch.float64)
+    results = [torch.full((count,), 77, dtype=dtype) for dtype in dtypes]
+    workspace = torch.full(
+        (_C.gpu.partials(*sizes) * _C.gpu.PARTIAL_BYTES // 8 + 1,), torch.nan, dtype=torch.float64
+    )
+    pointers = tuple(device.address(result) for result in results)
+    room, at = device.address(workspace), device.address(x)
+    device.run(activation_stats.triton_plans(at, x.dtype, *sizes, pointers, room))
+    return Stats(*(result.numpy() for result in results))
+
+
+def assert_statistics(x: Tensor, per: str, target: str = "sm_90") -> None:
+    got, right = run_stats(x, per, target), stats(to_float32(x), per)
+    for name, a, b in zip(Stats._fields, got, right, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=f"{name} per {per}")
+
+
+@pytest.mark.parametrize("per", REDUCTIONS)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_statistics_have_the_bits_of_the_reference(dtype, per, sample):
+    assert_statistics(torch.from_numpy(SAMPLES[sample]).to(dtype), per)
+
+
+@pytest.mark.parametrize("per", REDUCTIONS)
+@pytest.mark.parametrize("scale", [1e30, 1e-38, 1e-42])
+def test_statistics_of_the_largest_and_smallest_numbers(per, scale):
+    assert_statistics(torch.from_numpy(SAMPLES["odd sizes"]) * scale, per)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_statistics_of_a_misaligned_view(target):
+    assert_statistics(weights(1, 20_001, dtype=BF16)[:, 1:], "tensor", target)
+
+
+@pytest.mark.parametrize("pieces", [17, 65, 300])
+def test_statistics_of_many_pieces(pieces):
+    x = weights(256 * (pieces - 1) + 3, 3)
+    x[-1, 1] = x[7, 1] = -9  # the first of equal maxima, far apart
+    assert_statistics(x, "channel")
+
+
+def test_equal_maxima_are_named_by_the_first():
+    x = torch.ones(2, 40_000, dtype=BF16)
+    x[1, 30_001] = x[1, 17] = x[1, 16] = -5
+    assert run_stats(x, "token").argmax.tolist() == [0, 16]
+    assert run_stats(x, "tensor").argmax.tolist() == [40_016]
+
+
+# Triton's interpreter: another reading of the same source. It truncates bfloat16: left out.
+
+INTERPRETED = """
+import importlib, torch
+from bits import assert_same_bits, reference_perturb, weights
+from dlzo_kernels.ops._parts import Directions, Operand, parts_of
+gaussian, perturb, accumulate = (importlib.import_module(f"dlzo_kernels.ops.{op}")
+                                 for op in ("gaussian", "perturb", "accumulate"))
+
+def run(plans):
+    for plan in plans:
+        plan.kernel[plan.grid, 1, 1](*plan.arguments, **plan.constants)
+
+seed = 2**64 - 3
+for dtype in (torch.float32, torch.float16):
+    for w in (weights(5000, dtype=dtype), weights(70, 31, dtype=dtype).t()):
+        expected = reference_perturb(w, seed, 0.1, dtype, stream=3, query=9, offset=5)
+        parts = parts_of([Operand(w, w, 3, 5, None)])
+        run(perturb.triton_plans(parts, dtype, dtype, Directions(1, seed, 9, 0.1)))
+        assert_same_bits(w.contiguous(), expected)
+    master, out = weights(3000), torch.empty(3000, dtype=dtype)
+    expected = reference_perturb(master, seed, 0.1, torch.float32)
+    parts, directions = parts_of([Operand(out, master, 0, 0, None)]), Directions(1, seed, 0, 0.1)
+    run(accumulate.triton_plans(parts, dtype, torch.float32, True, directions, 0))
+    assert_same_bits(master, expected)
+    assert_same_bits(out, expected.to(dtype))
+    run(gaussian.triton_plans(parts_of([Operand(out, out, 0, 0, None)]), dtype, directions))
+    assert_same_bits(out, reference_perturb(torch.zeros(3000), seed, 1.0, dtype))
+"""
+
+
+def test_the_interpreter_agrees():
+    tests = str(Path(__file__).parents[1])
+    path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
