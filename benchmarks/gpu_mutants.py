@@ -40,21 +40,28 @@ KERNELS = {
 
 
 def cases(dtype: torch.dtype) -> list[list[Operand]]:
-    """Launches that reach every way through a kernel, as those of the tests, in few elements."""
-    whole, ragged = weights(50 * BLOCK, dtype=dtype), weights(2 * BLOCK + 29, dtype=dtype)
-    carrying = weights(5 * BLOCK, dtype=dtype)
+    """Launches that reach every way through a kernel, as those of the tests; the largest last."""
     matrix, tall = weights(40, 70, dtype=dtype), weights(900, 33, dtype=dtype)
-    transposed, shard = matrix.t(), matrix[:, 5:24]
+    transposed, shard, two_rows = matrix.t(), matrix[:, 5:24], matrix[:2, 5:24]
     layer = [weights(n, dtype=dtype, seed=n) for n in (3, BLOCK + 5, 40, 1, 9000)]
     short = [weights(16 - n, dtype=dtype) for n in range(8)]
+    ragged, whole = weights(24 * BLOCK + 29, dtype=dtype), weights(200 * BLOCK, dtype=dtype)
+    ahead, carry = weights(3 * BLOCK, dtype=dtype)[8:], 2**34  # elements to the counter's high half
     return [
-        [operand_of(ragged[3:], ragged[3:], stream=1, offset=5)],
-        [operand_of(carrying, carrying, offset=2**34 - 2 * BLOCK - 8)],
         [operand_of(transposed, transposed, offset=2**64 - 2800)],
-        [operand_of(shard, shard, stream=2, offset=11, row_stride=64)],
+        [operand_of(shard, shard, stream=0x80000003, offset=2**40 + 11, row_stride=64)],
+        [operand_of(two_rows, two_rows, row_stride=64)],
+        *([operand_of(w, w, offset=n)] for n, w in enumerate(short)),
         [operand_of(w, w, stream=i) for i, w in enumerate(layer)],
         [operand_of(short[0], short[0]), operand_of(tall[:, 1:30], tall[:, 1:30], stream=1)],
-        *([operand_of(w, w, offset=n)] for n, w in enumerate(short)),
+        *(
+            [operand_of(w, w, offset=carry - BLOCK - gap)]
+            for gap in (-8, 0, 8, BLOCK)
+            for w in [ahead[: 2 * BLOCK]]
+        ),
+        [operand_of(ahead[8:], ahead[8:], offset=8 * BLOCK + 4)],  # phases in whole groups
+        [operand_of(ahead[4:], ahead[4:], offset=4)],
+        [operand_of(ragged[3:], ragged[3:], stream=1, offset=5)],
         [operand_of(whole, whole, stream=0x80000003, offset=2**36 + 8)],
     ]
 
