@@ -90,7 +90,14 @@ def test_probe_writes_what_it_shows(run, model, tmp_path):
     assert code == 0
     assert "max|h|" in out
     found = json.loads(report.read_text())
-    assert set(found) == {"model", "dominant", "verdict", "runner_up", "confidence", "layers"}
+    assert {"model", "dominant", "verdict", "runner_up", "confidence", "layers"} < set(found)
+    assert [row["site"] for row in found["sites"]][:4] == [
+        "block",
+        "attention",
+        "mlp",
+        "down_input",
+    ]
+    assert "first 8 tokens" in out
     assert [set(row) for row in found["layers"]] == [{"layer", "absmax", "kurtosis", "jump"}] * 4
     assert "<svg" in plot.read_text()
 

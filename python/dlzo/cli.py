@@ -76,7 +76,10 @@ def probe_command(
     texts = None if text is None else read_texts(text)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
     report = probe(loaded, tokenizer, texts)
-    console.print(report.table())
+    for table in (report.table(), report.channel_table(), report.variation_table()):
+        console.print(table)
+    for sentence in report.missing:
+        console.print(sentence, highlight=False)
     if json_file is not None:
         _write_json(json_file, report.to_json())
     if plot is not None:

@@ -16,7 +16,7 @@ FORMATS = (".png", ".svg")
 
 
 def plot_probe(report: ProbeReport, path: Path) -> None:
-    """Draw max|h| and kurtosis by depth, with the decision marked.
+    """Draw maxima and kurtosis by depth, with the decision marked.
 
     Raises:
         UserError: the suffix is neither .png nor .svg, or the file cannot be written.
@@ -24,10 +24,16 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     depth = [stats.layer for stats in report.layers]
-    upper.plot(depth, [stats.absmax for stats in report.layers], "o-", color="tab:blue", ms=4)
+    for site, color in (("attention", "tab:orange"), ("mlp", "tab:purple")):
+        inner = [stats for stats in report.sites if stats.site == site]
+        where, absmax = [stats.layer for stats in inner], [stats.absmax for stats in inner]
+        if inner:
+            upper.plot(where, absmax, color=color, lw=1, label=f"{site} output")
+    absmax = [stats.absmax for stats in report.layers]
+    upper.plot(depth, absmax, "o-", color="tab:blue", ms=4, label="layer output")
     lower.plot(depth, [stats.kurtosis for stats in report.layers], "o-", color="tab:green", ms=4)
-    upper.set_ylabel("max |h|")
-    lower.set_ylabel("kurtosis")
+    upper.set_ylabel("largest |activation|")
+    lower.set_ylabel("kurtosis of the output")
     lower.set_xlabel("decoder layer")
     lower.xaxis.get_major_locator().set_params(integer=True)
     decision = report.decision
@@ -42,8 +48,8 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
         for layer, label, line in marks:
             if layer is not None:
                 axes.axvline(layer, label=label, color="tab:red", linestyle=line)
-    if decision.layer is not None:
-        upper.legend(frameon=False)
+    handles, labels = upper.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     upper.set_title(
         f"{report.model}: {decision.verdict} (confidence {decision.confidence:.2f})", loc="left"
     )
