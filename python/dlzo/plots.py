@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dlzo.errors import UserError
 from dlzo.files import replace_file
 from dlzo.probe import ProbeReport
+from dlzo.sensitivity import SensitivityReport
 from dlzo.trainer import Metrics
 
 FORMATS = (".png", ".svg")
@@ -53,6 +55,38 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
     upper.set_title(
         f"{report.model}: {decision.verdict} (confidence {decision.confidence:.2f})", loc="left"
     )
+    _save(figure, path)
+
+
+def plot_sensitivity(report: SensitivityReport, path: Path) -> None:
+    """Draw each layer's signal and its stability, and a heat map of how its effect grows.
+
+    Raises:
+        UserError: the suffix is neither .png nor .svg, or the file cannot be written.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    (left, right), names = figure.subplots(1, 2), [found.layer for found in report.layers]
+    left.plot(names, [found.signal for found in report.layers], "o-", color="tab:blue", ms=4)
+    left.set(yscale="log", xlabel="perturbed layer")
+    left.set_ylabel("signal: spread of the projected gradient", color="tab:blue")
+    left.grid(alpha=0.3)
+    stability = left.twinx()
+    values = [found.sign_stability for found in report.layers]
+    stability.plot(names, values, "s:", color="tab:orange", ms=3)
+    stability.set(ylim=(0, 1.05))
+    stability.set_ylabel("sign stability between batches", color="tab:orange")
+    left.set_title(f"{report.model}: {report.task}, {report.dtype}", loc="left")
+    depth = max(found.layer + len(found.growth) for found in report.layers)
+    grid = [[math.nan] * found.layer + found.growth for found in report.layers]
+    edges = [i - 0.5 for i in range(len(names) + 1)]
+    mesh = right.pcolormesh(
+        [i - 0.5 for i in range(depth + 1)], edges, grid, norm=LogNorm(), cmap="viridis"
+    )
+    right.set_yticks(range(len(names)), map(str, names), fontsize=7)
+    right.set(xlabel="after layer", ylabel="perturbed layer")
+    right.set_title(f"relative change of the hidden state, eps {report.eps:g}", loc="left")
+    right.invert_yaxis()
+    figure.colorbar(mesh, ax=right)
     _save(figure, path)
 
 
