@@ -20,7 +20,7 @@ from dlzo.calibration import calibration_texts, read_texts
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, load_model
 from dlzo.plots import plot_probe
-from dlzo.probe import Decision, LayerStats, ProbeReport, decide, probe
+from dlzo.probe import Channel, Decision, LayerStats, ProbeReport, SiteStats, decide, probe
 from tiny import CONFIGS, byte_tokenizer, tiny_model
 
 
@@ -208,6 +208,7 @@ def test_bad_lengths() -> None:
         decide([1.0, 2.0], [3.0, 3.0, 3.0])
 
 
+SITES = ("block", "attention", "mlp", "down_input")
 TEXTS = ["A short one.", "A text that is somewhat longer, with a comma.", "x"]
 
 
@@ -479,6 +480,30 @@ def test_table_highlights_the_dominant_row(report: ProbeReport) -> None:
     dominant = next(line for line in lines if "100.00x" in line)
     assert "\x1b[1;7;32m" in dominant
     assert sum("\x1b[1;7;32m" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("dominant", "shown"), [(True, {"2", "1"}), (False, {"3"})])
+def test_channels_of_the_decided_layers_or_else_of_the_largest(
+    dominant: bool, shown: set[str]
+) -> None:
+    absmax = [10.0, 50.0, 5000.0, 5000.0, 4000.0] if dominant else [10.0, 12.0, 13.0, 14.0, 9.0]
+    layers = [LayerStats(i, h, 3.0 + h, None) for i, h in enumerate(absmax)]
+    # As wide as the names get; a token may look like markup.
+    peak = Channel(123456, 123456.7, 32, "[/b]\n", 95)
+    sites = [SiteStats(site, i, "m", 1.0, 3.0, (peak,)) for i in range(5) for site in SITES]
+    report = ProbeReport("some/model", decide(absmax), layers, sites)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report.channel_table())
+    rows = [line.split("│")[1:-1] for line in capture.get().splitlines() if "│" in line]
+    assert {row[0].strip() for row in rows} == shown
+    assert {row[1].strip() for row in rows} == {
+        "block output",
+        "attention output",
+        "MLP output",
+        "down proj. input",
+    }
+    assert {row[-1].strip() for row in rows} == {"'[/b]\\n' at 95"}
 
 
 def test_plot(report: ProbeReport, tmp_path: Path) -> None:

@@ -215,15 +215,19 @@ class ProbeReport:
         table = Table(title="The largest channels")
         for heading in ("layer", "site"):
             table.add_column(heading)
-        for heading in ("channel", "max|x|", "texts it leads"):
+        for heading in ("channel", "max|x|", "leads in"):
             table.add_column(heading, justify="right")
         table.add_column("largest at")
         for layer in decided or [largest]:
             for stats in (stats for stats in self.sites if stats.layer == layer):
                 names = [str(layer), _SITE_NAMES[stats.site]]
                 for channel in stats.channels:
-                    numbers = (str(channel.channel), f"{channel.absmax:,.1f}", str(channel.texts))
-                    place = f"{channel.token!r}, position {channel.position}"
+                    numbers = (
+                        str(channel.channel),
+                        f"{channel.absmax:,.1f}",
+                        f"{channel.texts} texts",
+                    )
+                    place = f"{channel.token!r} at {channel.position}"
                     table.add_row(*names, *numbers, escape(place))
                     names = ["", ""]
                 table.add_section()
