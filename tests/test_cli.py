@@ -91,9 +91,29 @@ def test_probe_writes_what_it_shows(run, model, tmp_path):
     assert code == 0
     assert "max|h|" in out
     found = json.loads(report.read_text())
-    assert set(found) == {"model", "dominant", "verdict", "runner_up", "confidence", "layers"}
+    assert {"model", "dominant", "verdict", "runner_up", "confidence", "layers"} < set(found)
+    assert [row["site"] for row in found["sites"]][:4] == [
+        "block",
+        "attention",
+        "mlp",
+        "down_input",
+    ]
+    assert "first 8 tokens" in out
     assert [set(row) for row in found["layers"]] == [{"layer", "absmax", "kurtosis", "jump"}] * 4
     assert "<svg" in plot.read_text()
+
+
+def test_sensitivity_writes_what_it_shows(run, model, data, tmp_path):
+    report, plot = tmp_path / "s.json", tmp_path / "s.png"
+    code, out, _ = run("sensitivity", model, "--task", "sst2", "--data", data, "--layers", "0-1,3",
+                       "--seeds", 2, "--batches", 2, "--json", report, "--plot", plot)  # fmt: skip
+    assert code == 0
+    assert "sign stability" in out
+    found = json.loads(report.read_text())
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 3]
+    assert [len(row["growth"]) for row in found["layers"]] == [4, 3, 1]
+    assert (found["task"], found["dtype"], found["seeds"]) == ("sst2", "float32", 2)
+    assert plot.stat().st_size > 1000
 
 
 BAD = {
@@ -103,6 +123,10 @@ BAD = {
     "plot": (["probe", "MODEL", "--plot", "x.gif"], ".gif"),
     "json": (["probe", "MODEL", "--json", "no/where/x.json"], "no/where/x.json"),
     "task": (["eval", "MODEL", "--task", "sst9", "--data", "DATA"], "'sst9'"),
+    "layers": (
+        ["sensitivity", "MODEL", "--task", "sst2", "--data", "DATA", "--layers", "1-x"],
+        "'1-x'",
+    ),
     "split": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--split", "dev"], "'dev'"),
     "data": (["eval", "MODEL", "--task", "sst2", "--data", "nowhere"], "nowhere"),
     "adapter": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--adapter", "x"], "'x'"),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import disk_offload
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 import dlzo.probe
 from dlzo.calibration import calibration_texts, read_texts
 from dlzo.errors import UserError
+from dlzo.models import decoder_layers, load_model
 from dlzo.plots import plot_probe
-from dlzo.probe import Decision, LayerStats, ProbeReport, decide, probe
-from tiny import byte_tokenizer, tiny_model
+from dlzo.probe import Channel, Decision, LayerStats, ProbeReport, SiteStats, decide, probe
+from tiny import CONFIGS, byte_tokenizer, tiny_model
 
 
 def profile_of(depth: int, changes: dict[int, float]) -> list[float]:
@@ -29,8 +33,8 @@ def profile_of(depth: int, changes: dict[int, float]) -> list[float]:
     return levels
 
 
-# Where and how high massive activations emerge, as published: arXiv 2402.17762, 2411.07191 and
-# 2605.08504. The layers between are drawn flat.
+# Where and how high massive activations emerge, as published: arXiv 2402.17762, 2411.07191,
+# 2605.08504 and 2605.15572. The layers between are drawn flat.
 PROFILES = {
     "LLaMA2-7B": profile_of(32, {0: 2.5, 1: 2450.0, 31: 900.0}),
     "Mistral-7B": profile_of(32, {0: 1.5, 1: 300.0, 31: 100.0}),
@@ -40,6 +44,12 @@ PROFILES = {
     "GPT-2": profile_of(12, {0: 50.0, 1: 90.0, 2: 2480.0, 11: 400.0}),
     "Gemma": [20.0 * 1.25**layer for layer in range(26)],
     "OLMo-2": [3.0 + 0.4 * layer for layer in range(32)],
+    # arXiv 2605.15572: the two extremes of its models with an outlier layer, and one without.
+    "Ling-mini": profile_of(20, {0: 11.0, 1: 10112.0, 18: 8768.0, 19: 11776.0}),
+    "gpt-oss-20b": profile_of(
+        24, {0: 284.0, 6: 42752.0, 17: 3216.0, 20: 11392.0, 22: 18304.0, 23: 145408.0}
+    ),
+    "Qwen3.5": profile_of(32, {0: 20.0, 2: 40.0, 10: 72.0, 18: 100.0, 22: 150.0, 31: 900.0}),
     # Block outputs over the built-in texts, in bfloat16.
     "SmolLM2-135M-Instruct": [
         *[38.25, 330.0, 908.0, 908.0, 908.0, 904.0, 900.0, 892.0, 816.0, 432.0, 118.0],
@@ -57,8 +67,26 @@ EXPECTED = {
     "GPT-2": (2, "dominant", None),
     "Gemma": (None, "gradual", None),
     "OLMo-2": (None, "none", None),
+    "Ling-mini": (1, "dominant", None),
+    "gpt-oss-20b": (6, "dominant", 20),
+    "Qwen3.5": (None, "none", None),
     "SmolLM2-135M-Instruct": (11, "dominant", 1),
 }
+# Constant, value, and the range over which no decision on these profiles changes: as docs/probe.md
+# has it in a table.
+RANGES = [
+    (name, *map(float, numbers))
+    for name, *numbers in re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|",
+        (Path(__file__).parents[1] / "docs" / "probe.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+]
+
+
+def test_the_docs_list_all_constants() -> None:
+    names = {"EMERGENCE_RISE", "MIN_JUMP", "CLEAR_CONFIDENCE", "GRADUAL_GROWTH"}
+    assert {constant for constant, *_ in RANGES} == names
 
 
 @pytest.mark.parametrize("model", PROFILES)
@@ -78,24 +106,30 @@ def test_an_emergence_in_two_steps_is_ambiguous_and_names_both(steps: dict[int, 
     assert {decision.layer, decision.runner_up} <= set(steps) - {0}
 
 
-@pytest.mark.parametrize(
-    ("constant", "low", "high"),
-    [
-        ("EMERGENCE_RISE", 5.7, 12.6),
-        ("MIN_JUMP", 1.5, 10.8),
-        ("CLEAR_CONFIDENCE", 0.32, 0.59),
-        ("GRADUAL_GROWTH", 6.3, 9.0),
-    ],
-)
-def test_constants_have_room(
-    monkeypatch: pytest.MonkeyPatch, constant: str, low: float, high: float
+def room(monkeypatch: pytest.MonkeyPatch, constant: str, step: float) -> float:
+    """How far a constant goes, in factors of `step`, until a decision on the profiles changes."""
+    value = getattr(dlzo.probe, constant)
+    # Below 1 a jump is a fall, and a confidence is a share.
+    least, most = (0.01, 1.0) if constant == "CLEAR_CONFIDENCE" else (1.01, 1000.0)
+    while least < value * step < most:
+        monkeypatch.setattr(dlzo.probe, constant, value * step)
+        decisions = {model: decide(profile) for model, profile in PROFILES.items()}
+        if any((d.layer, d.verdict) != EXPECTED[model][:2] for model, d in decisions.items()):
+            break
+        value *= step
+    return value
+
+
+@pytest.mark.parametrize("row", RANGES)
+def test_constants_have_the_room_that_the_docs_say(
+    monkeypatch: pytest.MonkeyPatch, row: tuple[str, float, float, float]
 ) -> None:
-    """No layer and no verdict changes over the range that the constant's comment gives."""
-    for value in (low, high):
-        monkeypatch.setattr(dlzo.probe, constant, value)
-        for model, profile in PROFILES.items():
-            decision = decide(profile)
-            assert (decision.layer, decision.verdict) == EXPECTED[model][:2], (model, value)
+    constant, value, low, high = row
+    assert getattr(dlzo.probe, constant) == value
+    with monkeypatch.context() as patch:
+        assert room(patch, constant, 1 / 1.005) == pytest.approx(low, rel=0.02)
+    with monkeypatch.context() as patch:
+        assert room(patch, constant, 1.005) == pytest.approx(high, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +138,8 @@ def test_constants_have_room(
         pytest.param([2.5, *[2450.0] * 30, 900.0], 1, id="first possible layer"),
         pytest.param([0.3, 20.0, 25.0, 30.0, *[900.0] * 25], 4, id="large ratio of small numbers"),
         pytest.param([20.0, 120.0, 728.0, *[1000.0] * 28], 2, id="two steps, neither tenfold"),
+        pytest.param([10.0, *[264.0] * 30, 100.0], 1, id="Phi-2 without a start token"),
+        pytest.param([10.0, 40.0, *[728.0] * 29, 300.0], 2, id="Phi-2 with a start token"),
         pytest.param([10.0] * 20 + [5000.0], None, id="last layer only"),
         pytest.param([10.0] * 12, None, id="flat"),
         pytest.param([5.0], None, id="one layer"),
@@ -172,6 +208,7 @@ def test_bad_lengths() -> None:
         decide([1.0, 2.0], [3.0, 3.0, 3.0])
 
 
+SITES = ("block", "attention", "mlp", "down_input")
 TEXTS = ["A short one.", "A text that is somewhat longer, with a comma.", "x"]
 
 
@@ -202,13 +239,183 @@ def test_probe_leaves_no_hook_and_no_gradient() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sites_against_plain_hooks(family: str) -> None:
+    """Maxima, kurtosis and channels of every site, texts run one by one without the kernel."""
+    model, tokenizer = tiny_model(family), byte_tokenizer()
+    report = probe(model, tokenizer, TEXTS)
+    assert [(stats.layer, stats.site) for stats in report.sites] == [
+        (layer, site) for layer in range(4) for site in ("block", "attention", "mlp", "down_input")
+    ]
+    encoded = [tokenizer(text).input_ids for text in TEXTS]
+    for stats in report.sites:
+        layer = decoder_layers(model)[stats.layer]
+        seen: list[torch.Tensor] = []
+
+        def hook(_module, args, output, site=stats.site, seen=seen) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            seen.append((args[0] if site == "down_input" else output).flatten(0, -2).double())
+
+        handle = layer.get_submodule(stats.module).register_forward_hook(hook)
+        with torch.no_grad():
+            for ids in encoded:
+                model(torch.tensor([ids]))
+        handle.remove()
+        kurtosis = [((x - x.mean()) ** 4).mean() / x.var(correction=0) ** 2 for x in seen]
+        assert stats.absmax == max(float(x.abs().max()) for x in seen)
+        assert stats.kurtosis == pytest.approx(float(sum(kurtosis) / len(seen)), rel=1e-4)
+        largest = torch.stack([x.abs().amax(0) for x in seen]).amax(0).sort(descending=True)
+        assert [c.channel for c in stats.channels] == largest.indices[:3].tolist()
+        assert [c.absmax for c in stats.channels] == largest.values[:3].tolist()
+        leaders = [int(x.abs().argmax()) % x.shape[-1] for x in seen]
+        for channel in stats.channels:
+            assert channel.texts == leaders.count(channel.channel)
+            at = [
+                tokenizer.decode([ids[channel.position]])
+                for ids, x in zip(encoded, seen, strict=True)
+                if channel.position < len(ids)
+                and abs(x[channel.position, channel.channel]) == channel.absmax
+            ]
+            assert channel.token in at
+
+
+def test_texts_of_one_length_share_a_forward() -> None:
+    texts = [f"text number {i}, as long as any other" for i in range(6)]
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    calls = []
+    handle = model.model.register_forward_hook(
+        lambda _module, _args, kwargs, _output: calls.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    together = probe(model, tokenizer, texts)
+    handle.remove()
+    assert calls == [(1, 2), (4, 35), (2, 35)]
+    for layer in range(4):
+        alone = [probe(model, tokenizer, [text]).layers[layer] for text in texts]
+        found = together.layers[layer]
+        assert found.absmax == pytest.approx(max(stats.absmax for stats in alone), rel=1e-5)
+        mean = sum(stats.kurtosis for stats in alone) / len(alone)
+        assert found.kurtosis == pytest.approx(mean, rel=1e-4)
+
+
 def test_probe_finds_the_layer_that_was_made_dominant() -> None:
     model = tiny_model()
     with torch.no_grad():
-        # Row 5 of a down projection: one massive channel from that layer on.
-        model.model.layers[2].mlp.down_proj.weight[5] *= 1e4
-    decision = probe(model, byte_tokenizer(), TEXTS).decision
-    assert (decision.layer, decision.verdict) == (2, "dominant")
+        # One massive weight: row and channel 5, column 7.
+        model.model.layers[2].mlp.down_proj.weight[5, 7] = 1e4
+    report = probe(model, byte_tokenizer(), TEXTS)
+    assert (report.decision.layer, report.decision.verdict) == (2, "dominant")
+    assert report.depends_on == []
+    channels = {(s.site, s.layer): s.channels[0] for s in report.sites}
+    assert channels["block", 2].channel == channels["mlp", 2].channel == 5
+    assert channels["block", 2].texts == len(TEXTS)
+
+
+def test_a_super_weight_is_located() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        layer = model.model.layers[1].mlp
+        # A channel of the down projection's input that is large, and the one weight that reads it.
+        layer.up_proj.weight[7] *= 1e3
+        layer.down_proj.weight[:, 7] = 0
+        layer.down_proj.weight[5, 7] = 1e2
+    report = probe(model, byte_tokenizer(), TEXTS)
+    assert report.decision.layer == 1
+    assert report.super_weight == (5, 7)
+
+
+def test_variations() -> None:
+    report = probe(tiny_model(), byte_tokenizer(), TEXTS)
+    # The tokenizer has no start token.
+    assert list(report.variations) == [
+        "first half of the texts",
+        "second half of the texts",
+        "first 8 tokens",
+        "first 32 tokens",
+    ]
+    assert "first half of the texts" not in probe(tiny_model(), byte_tokenizer(), ["x"]).variations
+
+
+def spoilt_by(token: int) -> PreTrainedModel:
+    """A model whose layer 2 is dominant where this token is read, and else none is."""
+    model = tiny_model()
+    with torch.no_grad():
+        # Channel 9 of the stream is the token's alone: no matrix writes it.
+        model.model.embed_tokens.weight[:, 9] = 0
+        model.model.embed_tokens.weight[token, 9] = 5
+        for layer in model.model.layers:
+            for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                matrix.weight[9] = 0
+        mlp = model.model.layers[2].mlp
+        for matrix in (mlp.gate_proj, mlp.up_proj):
+            matrix.weight[3] = 0
+            matrix.weight[3, 9] = 100
+        mlp.down_proj.weight[:, 3] = 0
+        mlp.down_proj.weight[4, 3] = 1
+    return model
+
+
+def test_a_dependence_on_the_texts_is_said() -> None:
+    tokenizer = byte_tokenizer()
+    model = spoilt_by(tokenizer("z").input_ids[0])
+    plain = probe(model, tokenizer, ["abcdefghijklmn"] * 2)
+    late = probe(model, tokenizer, ["abcdefghijklmnz", "abcdefghijklmno"])
+    assert (plain.decision.layer, plain.depends_on) == (None, [])
+    assert late.decision.layer == 2
+    assert late.depends_on == ["second half of the texts", "first 8 tokens"]
+    assert "depends on the texts" in late.variation_table().caption
+    assert late.to_json()["depends_on"] == late.depends_on
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_start_token_is_a_variation(adds: bool) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "z"
+    model = spoilt_by(tokenizer.bos_token_id)
+    start = "z" if adds else ""
+    report = probe(model, tokenizer, [f"{start}abcdefgh", f"{start}ijklmnop"])
+    name = f"first {8 + adds} tokens, {'without' if adds else 'with'} start token"
+    assert report.decision.layer == (2 if adds else None)
+    assert report.variations[name].layer == (None if adds else 2)
+    assert report.depends_on == [name]
+
+
+def test_what_is_missing_is_said() -> None:
+    config = MixtralConfig(
+        vocab_size=260,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+    )
+    report = probe(AutoModelForCausalLM.from_config(config).eval(), byte_tokenizer(), TEXTS)
+    assert report.missing == ["no single down projection found in any layer"]
+    assert {stats.site for stats in report.sites} == {"block", "attention", "mlp"}
+    assert report.super_weight is None
+
+
+def test_a_sharded_checkpoint_is_probed_alike(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded, tokenizer = load_model(str(tmp_path), dtype=torch.float32)
+    found, expected = (probe(m, tokenizer, TEXTS).layers for m in (loaded, model))
+    # Where the weights lie in memory decides how products are rounded.
+    for stats, other in zip(found, expected, strict=True):
+        assert stats.absmax == pytest.approx(other.absmax, rel=1e-5)
+        assert stats.kurtosis == pytest.approx(other.kurtosis, rel=1e-5)
+
+
+def test_offloaded_weights(tmp_path: Path) -> None:
+    """device_map puts layers elsewhere: here on disk, their parameters on the meta device."""
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    expected = probe(model, tokenizer, TEXTS)
+    offloaded = disk_offload(tiny_model(), str(tmp_path), execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    found = probe(offloaded, tokenizer, TEXTS)
+    assert (found.layers, found.sites) == (expected.layers, expected.sites)
 
 
 def test_long_texts_are_cut_to_what_the_model_reads() -> None:
@@ -257,6 +464,11 @@ def test_json(report: ProbeReport) -> None:
             {"layer": 3, "absmax": 5000.0, "kurtosis": 15000.0, "jump": 1.0},
             {"layer": 4, "absmax": 4000.0, "kurtosis": 12000.0, "jump": 0.8},
         ],
+        "super_weight": None,
+        "variations": [],
+        "depends_on": [],
+        "missing": [],
+        "sites": [],
     }
 
 
@@ -268,6 +480,30 @@ def test_table_highlights_the_dominant_row(report: ProbeReport) -> None:
     dominant = next(line for line in lines if "100.00x" in line)
     assert "\x1b[1;7;32m" in dominant
     assert sum("\x1b[1;7;32m" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("dominant", "shown"), [(True, {"2", "1"}), (False, {"3"})])
+def test_channels_of_the_decided_layers_or_else_of_the_largest(
+    dominant: bool, shown: set[str]
+) -> None:
+    absmax = [10.0, 50.0, 5000.0, 5000.0, 4000.0] if dominant else [10.0, 12.0, 13.0, 14.0, 9.0]
+    layers = [LayerStats(i, h, 3.0 + h, None) for i, h in enumerate(absmax)]
+    # As wide as the names get; a token may look like markup.
+    peak = Channel(123456, 123456.7, 32, "[/b]\n", 95)
+    sites = [SiteStats(site, i, "m", 1.0, 3.0, (peak,)) for i in range(5) for site in SITES]
+    report = ProbeReport("some/model", decide(absmax), layers, sites)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report.channel_table())
+    rows = [line.split("│")[1:-1] for line in capture.get().splitlines() if "│" in line]
+    assert {row[0].strip() for row in rows} == shown
+    assert {row[1].strip() for row in rows} == {
+        "block output",
+        "attention output",
+        "MLP output",
+        "down proj. input",
+    }
+    assert {row[-1].strip() for row in rows} == {"'[/b]\\n' at 95"}
 
 
 def test_plot(report: ProbeReport, tmp_path: Path) -> None:
@@ -330,6 +566,12 @@ def test_missing_texts(tmp_path: Path) -> None:
 
 def test_smollm2(smollm2) -> None:
     model, tokenizer = smollm2
-    decision = probe(model, tokenizer).decision
-    assert decision.layer == 11
-    assert decision.runner_up in (1, 2)
+    report = probe(model, tokenizer)
+    assert report.decision.layer == 11
+    assert report.decision.runner_up in (1, 2)
+    assert report.depends_on == []
+    # One channel, the same in the MLP's output and in the residual stream, at the first token.
+    channels = {(s.site, s.layer): s.channels[0] for s in report.sites}
+    block, mlp = channels["block", 11], channels["mlp", 11]
+    assert (block.channel, block.texts, block.position) == (507, len(calibration_texts()), 0)
+    assert mlp.channel == 507

@@ -1,4 +1,4 @@
-"""The command `dlzo`: probe, train, replay, export, eval, demo, journal."""
+"""The command `dlzo`: probe, sensitivity, train, replay, export, eval, demo, journal."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ from dlzo.export import Form, export
 from dlzo.files import replace_file
 from dlzo.journal import Reader
 from dlzo.metrics import HistoryEntry, Metrics
-from dlzo.models import load_model, parse_dtype
-from dlzo.plots import plot_history, plot_probe
+from dlzo.models import decoder_layers, load_model, parse_dtype
+from dlzo.plots import plot_history, plot_probe, plot_sensitivity
 from dlzo.probe import probe
 from dlzo.replay import replay
 from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
+from dlzo.sensitivity import sensitivity
 from dlzo.tasks import Split
 from dlzo.trainer import resume, train
 
@@ -78,11 +79,54 @@ def probe_command(
     texts = None if text is None else read_texts(text)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
     report = probe(loaded, tokenizer, texts)
-    console.print(report.table())
+    for table in (report.table(), report.channel_table(), report.variation_table()):
+        console.print(table)
+    for sentence in report.missing:
+        console.print(sentence, highlight=False)
     if json_file is not None:
         _write_json(json_file, report.to_json())
     if plot is not None:
         plot_probe(report, plot)
+
+
+@app.command("sensitivity")
+def sensitivity_command(
+    model: Model,
+    task: Task,
+    data: Data,
+    layers: Annotated[str, typer.Option(help="Such as 0-5,11; by default all.")] = "all",
+    seeds: Annotated[int, typer.Option(help="Perturbations of each layer.")] = 8,
+    batches: Annotated[int, typer.Option(help="On which each is scored.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = _DEFAULTS.batch_size,
+    eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
+    seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
+    dtype: Dtype = "float32",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    plot: Plot = None,
+) -> None:
+    """Measure each layer's zeroth-order signal, its stability and how its effect grows."""
+    chosen = _parse_layers(layers)
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    with Progress(console=console) as bar:
+        progress = bar.add_task("measuring layers", total=len(chosen or decoder_layers(loaded)))
+        report = sensitivity(
+            loaded,
+            tokenizer,
+            task,
+            data,
+            layers=chosen,
+            seeds=seeds,
+            batches=batches,
+            batch_size=batch_size,
+            eps=eps,
+            seed=seed,
+            on_layer=lambda _: bar.advance(progress),
+        )
+    console.print(report.table())
+    if json_file is not None:
+        _write_json(json_file, report.to_json())
+    if plot is not None:
+        plot_sensitivity(report, plot)
 
 
 @app.command("train")
@@ -291,6 +335,19 @@ def _parse_layer(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise UserError(f"layer is {text!r}: give its number or 'auto'") from None
+
+
+def _parse_layers(text: str) -> list[int] | None:
+    """The layers of a list such as 0-5,11; None for all."""
+    if text == "all":
+        return None
+    ends = [part.split("-") for part in text.split(",")]
+    try:
+        return [
+            i for first, *last in ends for i in range(int(first), int((last or [first])[0]) + 1)
+        ]
+    except ValueError:
+        raise UserError(f"layers is {text!r}: give numbers such as 0-5,11, or 'all'") from None
 
 
 def _write_json(path: Path, value: object) -> None:

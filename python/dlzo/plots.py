@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dlzo.errors import UserError
 from dlzo.files import replace_file
 from dlzo.metrics import Metrics
 from dlzo.probe import ProbeReport
+from dlzo.sensitivity import SensitivityReport
 
 FORMATS = (".png", ".svg")
 
 
 def plot_probe(report: ProbeReport, path: Path) -> None:
-    """Draw max|h| and kurtosis by depth, with the decision marked.
+    """Draw maxima and kurtosis by depth, with the decision marked.
 
     Raises:
         UserError: the suffix is neither .png nor .svg, or the file cannot be written.
@@ -24,10 +26,16 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     depth = [stats.layer for stats in report.layers]
-    upper.plot(depth, [stats.absmax for stats in report.layers], "o-", color="tab:blue", ms=4)
+    for site, color in (("attention", "tab:orange"), ("mlp", "tab:purple")):
+        inner = [stats for stats in report.sites if stats.site == site]
+        where, absmax = [stats.layer for stats in inner], [stats.absmax for stats in inner]
+        if inner:
+            upper.plot(where, absmax, color=color, lw=1, label=f"{site} output")
+    absmax = [stats.absmax for stats in report.layers]
+    upper.plot(depth, absmax, "o-", color="tab:blue", ms=4, label="layer output")
     lower.plot(depth, [stats.kurtosis for stats in report.layers], "o-", color="tab:green", ms=4)
-    upper.set_ylabel("max |h|")
-    lower.set_ylabel("kurtosis")
+    upper.set_ylabel("largest |activation|")
+    lower.set_ylabel("kurtosis of the output")
     lower.set_xlabel("decoder layer")
     lower.xaxis.get_major_locator().set_params(integer=True)
     decision = report.decision
@@ -42,11 +50,43 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
         for layer, label, line in marks:
             if layer is not None:
                 axes.axvline(layer, label=label, color="tab:red", linestyle=line)
-    if decision.layer is not None:
-        upper.legend(frameon=False)
+    handles, labels = upper.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     upper.set_title(
         f"{report.model}: {decision.verdict} (confidence {decision.confidence:.2f})", loc="left"
     )
+    _save(figure, path)
+
+
+def plot_sensitivity(report: SensitivityReport, path: Path) -> None:
+    """Draw each layer's signal and its stability, and a heat map of how its effect grows.
+
+    Raises:
+        UserError: the suffix is neither .png nor .svg, or the file cannot be written.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    (left, right), names = figure.subplots(1, 2), [found.layer for found in report.layers]
+    left.plot(names, [found.signal for found in report.layers], "o-", color="tab:blue", ms=4)
+    left.set(yscale="log", xlabel="perturbed layer")
+    left.set_ylabel("signal: spread of the projected gradient", color="tab:blue")
+    left.grid(alpha=0.3)
+    stability = left.twinx()
+    values = [found.sign_stability for found in report.layers]
+    stability.plot(names, values, "s:", color="tab:orange", ms=3)
+    stability.set(ylim=(0, 1.05))
+    stability.set_ylabel("sign stability between batches", color="tab:orange")
+    left.set_title(f"{report.model}: {report.task}, {report.dtype}", loc="left")
+    depth = max(found.layer + len(found.growth) for found in report.layers)
+    grid = [[math.nan] * found.layer + found.growth for found in report.layers]
+    edges = [i - 0.5 for i in range(len(names) + 1)]
+    mesh = right.pcolormesh(
+        [i - 0.5 for i in range(depth + 1)], edges, grid, norm=LogNorm(), cmap="viridis"
+    )
+    right.set_yticks(range(len(names)), map(str, names), fontsize=7)
+    right.set(xlabel="after layer", ylabel="perturbed layer")
+    right.set_title(f"relative change of the hidden state, eps {report.eps:g}", loc="left")
+    right.invert_yaxis()
+    figure.colorbar(mesh, ax=right)
     _save(figure, path)
 
 

@@ -7,23 +7,21 @@ first delimiters, and the residual stream carries them on until the last layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, Literal
 
-import torch
+from rich.markup import escape
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlzo.activations import Activations, Site, run
 from dlzo.calibration import calibration_texts
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers
-from dlzo_kernels import ActivationStats, activation_stats
+from dlzo.sites import Sites, find_sites
 
 Verdict = Literal["dominant", "ambiguous", "gradual", "none"]
 
@@ -40,8 +38,21 @@ CLEAR_CONFIDENCE = 0.5
 # Without an emergence, max|h| that grew by this factor is gradual, else none: 6.3 to 9.0.
 GRADUAL_GROWTH = 8.0
 
-# Outliers sit on the first tokens of a text, so the rest of a long one is not read.
-MAX_TEXT_TOKENS = 128
+# How many of a text's first tokens are read, for outliers sit there: the last of these. The rule is
+# tried on fewer too, and on the second number with and without a start token.
+LENGTHS = (8, 32, 96)
+
+_HEADINGS: dict[Site, str] = {
+    "attention": "max|attn|",
+    "mlp": "max|mlp|",
+    "down_input": "max|down|",
+}
+_SITE_NAMES: dict[Site, str] = {
+    "block": "block output",
+    "attention": "attention output",
+    "mlp": "MLP output",
+    "down_input": "down proj. input",
+}
 
 
 @dataclass(frozen=True)
@@ -83,29 +94,105 @@ class LayerStats:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """One of the largest channels of a site.
+
+    Attributes:
+        channel: its index.
+        absmax: the largest |x| in it.
+        texts: in how many texts it is the largest channel.
+        token: the token at which it is the largest.
+        position: that token's place in its text, from 0.
+    """
+
+    channel: int
+    absmax: float
+    texts: int
+    token: str
+    position: int
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """Statistics of what passes one site of one decoder layer.
+
+    Attributes:
+        site: block, the layer's output; attention or mlp, their outputs; down_input, what goes into
+            the MLP's down projection.
+        layer: index of the layer, from 0.
+        module: name of the submodule within the layer, empty for the layer itself.
+        absmax: the largest |x| over all texts.
+        kurtosis: mean over the texts of each one's kurtosis.
+        channels: the largest ones, largest first.
+    """
+
+    site: Site
+    layer: int
+    module: str
+    absmax: float
+    kurtosis: float
+    channels: tuple[Channel, ...]
+
+
+@dataclass(frozen=True)
 class ProbeReport:
-    """What the probe found in a model."""
+    """What the probe found in a model.
+
+    Attributes:
+        model: its name.
+        decision: from all texts, with or without a start token as is the tokenizer's habit.
+        layers: statistics of the residual stream.
+        sites: statistics of all that was measured, layer by layer.
+        missing: what some layers do not have, a few words each.
+        variations: the decisions from parts or variants of the texts, by name.
+    """
 
     model: str
     decision: Decision
-    layers: list[LayerStats]
+    layers: Sequence[LayerStats]
+    sites: Sequence[SiteStats] = ()
+    missing: Sequence[str] = ()
+    variations: Mapping[str, Decision] = field(default_factory=dict)
+
+    @property
+    def depends_on(self) -> list[str]:
+        """Names of the variations from which another layer is decided."""
+        return [name for name, d in self.variations.items() if d.layer != self.decision.layer]
+
+    @property
+    def super_weight(self) -> tuple[int, int] | None:
+        """(row, column) of the dominant layer's down projection where a super weight would lie.
+
+        The largest channels of what comes out of the matrix and of what goes into it
+        (arXiv 2411.07191).
+        """
+        largest = {(stats.site, stats.layer): stats.channels[0].channel for stats in self.sites}
+        row = largest.get(("mlp", self.decision.layer))
+        column = largest.get(("down_input", self.decision.layer))
+        return None if row is None or column is None else (row, column)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return {
             "model": self.model,
-            "dominant": self.decision.layer,
-            "verdict": self.decision.verdict,
-            "runner_up": self.decision.runner_up,
-            "confidence": self.decision.confidence,
+            **_brief(self.decision),
             "layers": [asdict(stats) for stats in self.layers],
+            "super_weight": self.super_weight,
+            "variations": [
+                {"name": name, **_brief(decision)} for name, decision in self.variations.items()
+            ],
+            "depends_on": self.depends_on,
+            "missing": list(self.missing),
+            "sites": [asdict(stats) for stats in self.sites],
         }
 
     def table(self) -> Table:
-        """The report as a table, the dominant layer's row highlighted."""
+        """Statistics by layer, the dominant layer's row highlighted."""
         table = Table(title=f"{self.model}: {self.decision.verdict}", caption=self.decision.reason)
-        for heading in ("layer", "max|h|", "jump", "kurtosis"):
+        inner = [site for site in _HEADINGS if any(stats.site == site for stats in self.sites)]
+        for heading in ("layer", "max|h|", "jump", "kurtosis", *(_HEADINGS[s] for s in inner)):
             table.add_column(heading, justify="right")
+        absmax = {(stats.site, stats.layer): f"{stats.absmax:,.1f}" for stats in self.sites}
         styles = {self.decision.runner_up: "yellow", self.decision.layer: "bold reverse green"}
         for stats in self.layers:
             table.add_row(
@@ -113,8 +200,61 @@ class ProbeReport:
                 f"{stats.absmax:,.1f}",
                 "" if stats.jump is None else f"{stats.jump:.2f}x",
                 f"{stats.kurtosis:,.1f}",
+                *(absmax.get((site, stats.layer), "") for site in inner),
                 style=styles.get(stats.layer),
             )
+        return table
+
+    def channel_table(self) -> Table:
+        """Which channels carry the outliers, and at which tokens.
+
+        Those of the dominant layer and the runner-up, or else of the layer with the largest max|h|.
+        """
+        decided = [i for i in (self.decision.layer, self.decision.runner_up) if i is not None]
+        largest = max(self.layers, key=lambda stats: stats.absmax).layer
+        table = Table(title="The largest channels")
+        for heading in ("layer", "site"):
+            table.add_column(heading)
+        for heading in ("channel", "max|x|", "leads in"):
+            table.add_column(heading, justify="right")
+        table.add_column("largest at")
+        for layer in decided or [largest]:
+            for stats in (stats for stats in self.sites if stats.layer == layer):
+                names = [str(layer), _SITE_NAMES[stats.site]]
+                for channel in stats.channels:
+                    numbers = (
+                        str(channel.channel),
+                        f"{channel.absmax:,.1f}",
+                        f"{channel.texts} texts",
+                    )
+                    place = f"{channel.token!r} at {channel.position}"
+                    table.add_row(*names, *numbers, escape(place))
+                    names = ["", ""]
+                table.add_section()
+        if self.super_weight is not None:
+            table.caption = (
+                f"a super weight would be {list(self.super_weight)} of layer "
+                f"{self.decision.layer}'s down projection"
+            )
+        return table
+
+    def variation_table(self) -> Table:
+        """Whether the decision depends on the texts."""
+        if self.depends_on:
+            caption = (
+                f"the layer depends on the texts: another one from {', '.join(self.depends_on)}"
+            )
+        else:
+            caption = "the same layer from all of them"
+        table = Table(title="Does it depend on the texts?", caption=caption)
+        table.add_column("from")
+        table.add_column("layer", justify="right")
+        table.add_column("verdict")
+        table.add_column("confidence", justify="right")
+        for name, decision in {"all texts": self.decision, **self.variations}.items():
+            layer = "-" if decision.layer is None else str(decision.layer)
+            style = "yellow" if name in self.depends_on else None
+            table.add_row(name, layer, decision.verdict, f"{decision.confidence:.2f}", style=style)
         return table
 
 
@@ -126,21 +266,26 @@ def probe(
     Args:
         model: a decoder-only model in eval mode.
         tokenizer: its tokenizer; it adds a start token if that is its habit.
-        texts: what to run, the built-in texts if None; of each the first 128 tokens are read.
+        texts: what to run, the built-in texts if None; of each the first 96 tokens are read.
 
     Raises:
         UserError: no text has a token, or the activations are not finite.
     """
-    layers = decoder_layers(model)
-    found: list[list[ActivationStats]] = [[] for _ in layers]
-    for ids in _encode(model, tokenizer, calibration_texts() if texts is None else texts):
-        _measure(model, layers, ids, found)
-    absmax = [float(torch.stack([stats.absmax for stats in layer]).max()) for layer in found]
-    kurtosis = [float(torch.stack([stats.kurtosis for stats in layer]).mean()) for layer in found]
+    encoded = _encode(model, tokenizer, calibration_texts() if texts is None else texts)
+    sites = find_sites(model)
+    found = run(model, encoded, LENGTHS, sites)
+    absmax, kurtosis = found.profile(LENGTHS[-1])
     decision = decide(absmax, kurtosis)
     jumps = [None, *(after / before for before, after in pairwise(absmax))]
-    rows = zip(range(len(layers)), absmax, kurtosis, jumps, strict=True)
-    return ProbeReport(model.name_or_path, decision, [LayerStats(*row) for row in rows])
+    rows = zip(range(len(sites)), absmax, kurtosis, jumps, strict=True)
+    return ProbeReport(
+        model.name_or_path,
+        decision,
+        [LayerStats(*row) for row in rows],
+        list(_site_stats(found, sites, tokenizer)),
+        list(_missing(sites)),
+        dict(_variations(model, tokenizer, encoded, found)),
+    )
 
 
 def decide(absmax: Sequence[float], kurtosis: Sequence[float] | None = None) -> Decision:
@@ -226,32 +371,83 @@ def _factor(octaves: float) -> str:
     return f"{2 ** min(octaves, 300.0):,.3g}x"
 
 
+def _brief(decision: Decision) -> dict[str, Any]:
+    return {
+        "dominant": decision.layer,
+        "verdict": decision.verdict,
+        "runner_up": decision.runner_up,
+        "confidence": decision.confidence,
+    }
+
+
 def _encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> list[list[int]]:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", MAX_TEXT_TOKENS)
-    encoded = [tokenizer(text).input_ids[: min(longest, MAX_TEXT_TOKENS)] for text in texts]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTHS[-1])
+    encoded = [tokenizer(text).input_ids[: min(longest, LENGTHS[-1])] for text in texts]
     encoded = [ids for ids in encoded if ids]
     if not encoded:
         raise UserError("the calibration texts hold no token: give texts with words in them")
     return encoded
 
 
-@torch.inference_mode()
-def _measure(
+def _site_stats(
+    found: Activations, sites: Sequence[Sites], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[SiteStats]:
+    for layer, inner in enumerate(sites):
+        modules: dict[Site, str | None] = {
+            "block": "",
+            "attention": inner.attention,
+            "mlp": inner.mlp,
+            "down_input": inner.down_projection,
+        }
+        for site, module in modules.items():
+            if module is None:
+                continue
+            channels = tuple(
+                Channel(
+                    peak.channel,
+                    peak.absmax,
+                    peak.texts,
+                    tokenizer.decode([peak.token]),
+                    peak.position,
+                )
+                for peak in found.peaks(site, layer, LENGTHS[-1])
+            )
+            yield SiteStats(site, layer, module, *found.summary(site, layer, LENGTHS[-1]), channels)
+
+
+def _missing(sites: Sequence[Sites]) -> Iterator[str]:
+    names = {"attention": "attention", "mlp": "MLP", "down_projection": "single down projection"}
+    for attribute, name in names.items():
+        layers = [i for i, inner in enumerate(sites) if getattr(inner, attribute) is None]
+        if layers:
+            where = "any layer" if len(layers) == len(sites) else f"layers {str(layers)[1:-1]}"
+            yield f"no {name} found in {where}"
+
+
+def _variations(
     model: PreTrainedModel,
-    layers: nn.ModuleList,
-    ids: Sequence[int],
-    found: Sequence[list[ActivationStats]],
-) -> None:
-    """Append to `found`, layer by layer, the statistics of one text's residual stream."""
-
-    def record(layer: int, _block: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        found[layer].append(activation_stats(hidden))
-
-    with ExitStack() as stack:
-        for index, block in enumerate(layers):
-            stack.enter_context(block.register_forward_hook(partial(record, index)))
-        # The base model alone: logits are not needed.
-        model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    found: Activations,
+) -> Iterator[tuple[str, Decision]]:
+    """Decisions from each half of the texts, fewer tokens, and with or without a start token."""
+    half = len(encoded) // 2
+    if half:
+        yield "first half of the texts", decide(*found.profile(LENGTHS[-1], range(half)))
+        rest = range(half, len(encoded))
+        yield "second half of the texts", decide(*found.profile(LENGTHS[-1], rest))
+    for length in LENGTHS[:-1]:
+        yield f"first {length} tokens", decide(*found.profile(length))
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return
+    length = min(LENGTHS[1], max(map(len, encoded)))
+    starts = all(ids[0] == bos for ids in encoded)
+    changed = [ids[1:] if starts else [bos, *ids] for ids in encoded]
+    changed = [ids[:length] for ids in changed if ids]
+    if changed:
+        outputs = run(model, changed, [length])
+        name = f"first {length} tokens, {'without' if starts else 'with'} start token"
+        yield name, decide(*outputs.profile(length))

@@ -1,0 +1,96 @@
+"""Where to look inside the decoder layers of any model: attention, MLP and down projection."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dlzo.models import decoder_layers
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Names of submodules of one decoder layer, None where there is no such thing.
+
+    Attributes:
+        attention: its output is the attention's (or what mixes tokens in its stead).
+        mlp: its output is the MLP's.
+        down_projection: the last matrix of the MLP; its input is of interest.
+    """
+
+    attention: str | None
+    mlp: str | None
+    down_projection: str | None
+
+
+@torch.inference_mode()
+def find_sites(model: PreTrainedModel) -> list[Sites]:
+    """The sites of each decoder layer, by what a forward of two tokens calls.
+
+    Of a layer's children that hold matrices, the first one called is the attention and the last
+    one the MLP; a family that keeps the MLP's matrices in the layer itself (OPT) has the last of
+    them there. The last matrix called within each gives its output: some add the residual stream
+    to it inside the child (Bloom). An MLP of several experts has no one down projection; its own
+    output is taken.
+    """
+    layers = decoder_layers(model)
+    hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    calls: list[dict[str, bool]] = [{} for _ in layers]
+
+    def record(layer: int, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        output = first_tensor(output)
+        calls[layer][name] = output is not None and output.numel() == tokens.numel() * hidden_size
+
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            for name, module in layer.named_modules():
+                if name and any(parameter.ndim >= 2 for parameter in module.parameters()):
+                    hook = partial(record, index, name)
+                    stack.enter_context(module.register_forward_hook(hook))
+        forward(model, tokens)
+    return [_sites(layer, called) for layer, called in zip(layers, calls, strict=True)]
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a layer or a part of one passes on, of all that it gives out."""
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def forward(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens)."""
+    # Offloaded weights lie on the meta device; the hooks that bring them in move the inputs too.
+    device = "cpu" if model.device.type == "meta" else model.device
+    model.base_model(input_ids=tokens.to(device), use_cache=False)
+
+
+def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:
+    """Sites by the modules called, in order, and whether each gives one hidden state a token."""
+    children = [name for name in called if "." not in name]
+    if len(children) < 2:
+        return Sites(None, None, None)
+    attention, mlp = children[0], children[-1]
+    # Experts lie in parameters of three dimensions.
+    experts = any(parameter.ndim > 2 for parameter in layer.get_submodule(mlp).parameters())
+    down = None if experts else _last_matrix(layer, mlp, called)
+    whole = mlp if called[mlp] else None
+    return Sites(_last_matrix(layer, attention, called), down or whole, down)
+
+
+def _last_matrix(layer: nn.Module, child: str, called: dict[str, bool]) -> str | None:
+    matrices = [
+        name
+        for name, fits in called.items()
+        if fits
+        and (name == child or name.startswith(f"{child}."))
+        and getattr(getattr(layer.get_submodule(name), "weight", None), "ndim", 0) == 2
+    ]
+    return matrices[-1] if matrices else None

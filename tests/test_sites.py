@@ -1,0 +1,143 @@
+"""What the probe looks at inside a decoder layer, found by structure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    MambaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+)
+
+from dlzo.models import decoder_layers
+from dlzo.sites import Sites, find_sites
+from tiny import CONFIGS, tiny_model
+
+_LLAMA = Sites("self_attn.o_proj", "mlp.down_proj", "mlp.down_proj")
+EXPECTED = {
+    **dict.fromkeys(("llama", "qwen3", "mistral", "gemma2", "gemma3", "olmo2"), _LLAMA),
+    "phi": Sites("self_attn.dense", "mlp.fc2", "mlp.fc2"),
+    "gpt2": Sites("attn.c_proj", "mlp.c_proj", "mlp.c_proj"),
+    # It has no module around its MLP.
+    "opt": Sites("self_attn.out_proj", "fc2", "fc2"),
+    # Its attention and MLP add the residual stream themselves.
+    "bloom": Sites("self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_sites_of_each_family(family: str) -> None:
+    assert find_sites(tiny_model(family)) == [EXPECTED[family]] * 4
+
+
+_SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GQA = {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": None}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            GPTNeoXConfig(**_SIZES, intermediate_size=48),
+            [Sites("attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h")] * 2,
+        ),
+        (
+            GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=8),
+            [Sites("attn.out_proj", "mlp.fc_out", "mlp.fc_out")] * 2,
+        ),
+        (
+            FalconConfig(**_SIZES),
+            [Sites("self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h")] * 2,
+        ),
+        # Experts: each has a down projection of its own.
+        (
+            MixtralConfig(**_GQA, num_local_experts=4, num_experts_per_tok=2),
+            [Sites("self_attn.o_proj", "mlp", None)] * 2,
+        ),
+        (
+            Qwen3MoeConfig(**_GQA, **_EXPERTS, head_dim=8, num_experts=4),
+            [Sites("self_attn.o_proj", "mlp", None)] * 2,
+        ),
+        # The first layer is dense, the second one has experts.
+        (
+            DeepseekV3Config(
+                **{**_GQA, "num_key_value_heads": 4},
+                **_EXPERTS,
+                n_routed_experts=8,
+                n_group=2,
+                topk_group=1,
+                first_k_dense_replace=1,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                v_head_dim=8,
+                qk_nope_head_dim=8,
+            ),
+            [_LLAMA, Sites("self_attn.o_proj", "mlp", None)],
+        ),
+        # Three layers of four have linear attention, whose last matrix is not defined last.
+        (
+            Qwen3_5TextConfig(
+                **{**_GQA, "num_hidden_layers": 4},
+                head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+            ),
+            [Sites("linear_attn.out_proj", "mlp.down_proj", "mlp.down_proj")] * 3 + [_LLAMA],
+        ),
+        # No attention and MLP, but one mixer.
+        (
+            MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+            [Sites(None, None, None)] * 2,
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_sites_of_other_families(config: PretrainedConfig, expected: list[Sites]) -> None:
+    assert find_sites(random_model(config)) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+def test_attention_and_mlp_are_what_is_added_to_the_stream(family: str) -> None:
+    """These families add both to the residual stream as they are: input + both = output."""
+    model = tiny_model(family)
+    layer, sites = decoder_layers(model)[1], find_sites(model)[1]
+    seen = {}
+    layer.register_forward_hook(
+        lambda _module, args, output: seen.update(
+            before=args[0], after=output[0] if isinstance(output, tuple) else output
+        )
+    )
+    for name in ("attention", "mlp"):
+        module = layer.get_submodule(getattr(sites, name))
+        module.register_forward_hook(
+            lambda _module, _args, output, name=name: seen.update({name: output})
+        )
+    with torch.no_grad():
+        model(torch.arange(20)[None])
+    assert_close(seen["before"] + seen["attention"] + seen["mlp"], seen["after"])
+
+
+def test_no_hook_is_left() -> None:
+    model = tiny_model()
+    find_sites(model)
+    assert not any(module._forward_hooks for module in model.modules())
