@@ -45,11 +45,11 @@ def cases(dtype: torch.dtype) -> list[list[Operand]]:
     transposed, shard, two_rows = matrix.t(), matrix[:, 5:24], matrix[:2, 5:24]
     layer = [weights(n, dtype=dtype, seed=n) for n in (3, BLOCK + 5, 40, 1, 9000)]
     short = [weights(16 - n, dtype=dtype) for n in range(8)]
-    ragged, whole = weights(24 * BLOCK + 29, dtype=dtype), weights(200 * BLOCK, dtype=dtype)
+    ragged, whole = weights(60 * BLOCK + 29, dtype=dtype), weights(200 * BLOCK, dtype=dtype)
     ahead, carry = weights(3 * BLOCK, dtype=dtype)[8:], 2**34  # elements to the counter's high half
     return [
         [operand_of(transposed, transposed, offset=2**64 - 2800)],
-        [operand_of(shard, shard, stream=0x80000003, offset=2**40 + 11, row_stride=64)],
+        [operand_of(shard, shard, stream=0x80000003, offset=(0xDEADBEEF << 32) + 11, row_stride=64)],
         [operand_of(two_rows, two_rows, row_stride=64)],
         *([operand_of(w, w, offset=n)] for n, w in enumerate(short)),
         [operand_of(w, w, stream=i) for i, w in enumerate(layer)],

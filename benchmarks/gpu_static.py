@@ -38,7 +38,7 @@ CLASSES = {
 }  # whatever else: integer and logic
 FIELDS = ("architecture", "kernel", "registers", "spilled_bytes", "shared_bytes", "per_element")
 # Instructions for an element that the build must not exceed, on any architecture.
-LIMITS = {"gaussian": 47.0, "perturb": 51.0, "accumulate": 63.0, "sum_runs": 16.0}
+LIMITS = {"gaussian": 47.0, "perturb": 51.0, "accumulate": 64.0, "sum_runs": 16.0}
 REGISTERS = {"gaussian": 48, "perturb": 48, "accumulate": 64, "sum_runs": 96, "sum_columns": 64}
 
 

@@ -48,7 +48,9 @@ DLZO_BOTH Keys make_keys(uint64_t seed) {
 }
 
 // Groups that cover a row of this many columns, whatever the phase of its first logical index.
-DLZO_BOTH int64_t groups_per_row(int64_t columns) { return (columns + 2 * (kGroup - 1)) / kGroup; }
+DLZO_BOTH int64_t groups_per_row(int64_t columns) {
+  return (int64_t)(((uint64_t)columns + 2 * (kGroup - 1)) / kGroup);
+}
 
 // K directions of noise and their scales: in device memory where the pointers are not null, else
 // one by value. Seeds and scales may come from different places.

@@ -147,7 +147,7 @@ DLZO_DEVICE Group group_of(const Part& part, int64_t number) {
   int64_t row = 0;
   if (part.rows > 1) {
     const int64_t per_row = groups_per_row(part.columns);
-    row = number / per_row;
+    row = (int64_t)((uint64_t)number / (uint64_t)per_row);
     number -= row * per_row;
   }
   const uint64_t start = part.offset + (uint64_t)(row * part.row_stride);
@@ -167,9 +167,9 @@ DLZO_DEVICE Group group_of(const Part& part, int64_t number) {
 
 // The part of a launch that a block works on: the last one that starts at or before it.
 DLZO_DEVICE const Part& part_of(const NoiseArguments& arguments, int64_t block) {
-  int low = 0, high = arguments.count - 1;
+  unsigned low = 0, high = (unsigned)arguments.count - 1;
   while (low < high) {
-    const int middle = (low + high + 1) / 2;
+    const unsigned middle = (low + high + 1) / 2;
     if (arguments.parts[middle].first_block <= block) low = middle;
     else high = middle - 1;
   }
@@ -190,7 +190,8 @@ DLZO_DEVICE void for_each_group(const NoiseArguments& arguments, Body body) {
   if (part.is_flat && column >= 0 && column + kGroups * kGroup <= part.columns &&
       (uint32_t)block <= ~0u - 2 * kGroups) {
 #pragma unroll 1
-    for (int i = (int)threadIdx.x; i < kGroups; i += kThreads) {
+    for (int turn = 0; turn < kTurns; turn++) {
+      const int i = turn * kThreads + (int)threadIdx.x;
       const int64_t at = column + i * kGroup;
       body(part, Group{(uint32_t)block + 2 * (uint32_t)i, (uint32_t)(block >> 32), at, at, 0,
                        kGroup, true});
@@ -198,8 +199,8 @@ DLZO_DEVICE void for_each_group(const NoiseArguments& arguments, Body body) {
     return;
   }
 #pragma unroll 1
-  for (int i = (int)threadIdx.x; i < kGroups; i += kThreads) {
-    const Group group = group_of(part, first + i);
+  for (int turn = 0; turn < kTurns; turn++) {
+    const Group group = group_of(part, first + turn * kThreads + (int)threadIdx.x);
     if (group.begin < group.end) body(part, group);
   }
 }
