@@ -133,7 +133,7 @@ def test_what_differs_between_ranks_is_said_and_by_which(tmp_path):
         assert code == 0, error
     for rank in range(3):
         errors = (tmp_path / f"errors-{rank}").read_text().splitlines()
-        assert "the layer after step 4 on rank 2 differs" in errors[0]
+        assert "the weights after step 4 on rank 2 differs" in errors[0]
         assert "data or the settings on rank 2 differs" in errors[1]
         assert "exists: choose another folder" in errors[2]
 

@@ -127,7 +127,7 @@ def test_the_probe_finds_the_layer(data, tmp_path, monkeypatch):
     decision = SimpleNamespace(layer=2, verdict="sharp")
     monkeypatch.setattr(trainer, "probe", lambda *_: SimpleNamespace(decision=decision))
     metrics = train(tiny_model(), TOKENIZER, replace(SHORT, layer=None), data, tmp_path / "out")
-    assert metrics["layer"] == 2
+    assert metrics["layers"] == [2]
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch):

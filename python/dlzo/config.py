@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from dlzo.errors import UserError
 
 METHODS = ("dominant",)
+PARTS = ("all", "attention", "mlp")
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
     **dict.fromkeys(("seed", "prefix_cache_mb"), 0),
@@ -23,8 +24,9 @@ class TrainConfig:
 
     Attributes:
         task: name of the task.
-        method: "dominant": two-point zeroth-order steps on one decoder layer.
-        layer: index of the tuned decoder layer, None to let the probe find it.
+        method: "dominant": two-point zeroth-order steps on one decoder layer, or a few.
+        layer: index of the tuned decoder layer, or of several; None to let the probe find it.
+        part: what of the layer is tuned: "all", "attention" or "mlp".
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
@@ -45,7 +47,8 @@ class TrainConfig:
 
     task: str
     method: str = "dominant"
-    layer: int | None = None
+    layer: int | Sequence[int] | None = None
+    part: str = "all"
     steps: int = 300
     batch_size: int = 16
     eps: float = 1e-3
@@ -58,9 +61,19 @@ class TrainConfig:
     sync_steps: int = 100
     sync_seconds: float = 5.0
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are given, lowest first."""
+        given = [self.layer] if isinstance(self.layer, int) else self.layer or ()
+        return tuple(sorted(set(given)))
+
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
+        if self.part not in PARTS:
+            raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
+        if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
+            raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
@@ -76,7 +89,8 @@ class TrainConfig:
 
 def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
     """The configuration in a settings file from anywhere."""
-    types = get_type_hints(TrainConfig)
+    # A hint may have parameters, which isinstance does not take.
+    types = get_type_hints(TrainConfig) | {"layer": int | list | None}
     for name, value in values.items():
         # An int is a float in JSON.
         kind = types.get(name, ())

@@ -1,4 +1,4 @@
-"""The method "dominant": two-point zeroth-order steps on one decoder layer."""
+"""A step of a run: both losses of each direction over a batch, and the move along it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from dlzo.config import TrainConfig
 from dlzo.records import Step
 from dlzo.sampler import step_seed
 from dlzo.scoring import EncodedExample, Scorer
+from dlzo.target import Target
 from dlzo_kernels import ZOStep, zo_step
 
 
 def take_step(
+    target: Target,
     scorer: Scorer,
     batch: Sequence[EncodedExample],
     config: TrainConfig,
     number: int,
     max_loss: float,
 ) -> Step:
-    """Moves the scorer's layer by one step, or leaves it where a loss is above `max_loss`.
+    """Moves the target by one step, or leaves it where it is if a loss is above `max_loss`.
 
     Args:
-        scorer: of the tuned layer.
+        target: what is tuned.
+        scorer: of its layers.
         batch: what all ranks score together.
         config: of the run.
         number: of the step, from 1.
@@ -33,7 +36,7 @@ def take_step(
         The step's record, the same on all ranks.
     """
     seed = step_seed(config.seed, number)
-    step = zo_step(scorer.layer, seed, config.eps, config.lr, directions=config.directions)
+    step = zo_step(target.modules, seed, config.eps, config.lr, directions=config.directions)
     losses = _losses(scorer, step, batch, config.directions)
     result = step.update(losses[::2], losses[1::2], max_loss=max_loss)
     return Step(number, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
