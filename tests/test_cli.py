@@ -122,6 +122,7 @@ BAD = {
     "layers": ("--layer 1,7", "layer is 7"),
     "layers text": ("--layer 1,", "'1,'"),
     "part": ("--part head", "'head'"),
+    "mezo with a layer": ("--method mezo", "leave out layer"),
     "negative layer": ("--layer -1", "layer is -1"),
     "eps": ("--eps 0", "eps is 0.0"),
     "eps nan": ("--eps nan", "eps is nan"),

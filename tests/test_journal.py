@@ -283,6 +283,12 @@ def test_headers_that_are_none_are_refused(tmp_path, data, says):
         Reader(path)
 
 
+def test_a_header_that_no_reader_would_take_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="tunes 20,000 tensors"):
+        create(tmp_path / "journal.zo", replace(HEADER, parameters=HEADER.parameters * 20_000))
+    assert not any(tmp_path.iterdir())
+
+
 def step_part(number: int, *, applied: int = 1, count: int = 1, gradient: float = 0.1) -> bytes:
     return struct.pack("<BBHIQdddd", 1, applied, count, number, 5, 3e-4, 0.7, 0.6, gradient)
 

@@ -1,4 +1,4 @@
-"""Runs on several layers and on parts of them: what moves, and that the journal has all of it."""
+"""Runs on layers, parts and whole models: what moves, and that the journal has all of it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ TARGETS = {
         {"layer": (0, 2), "part": "attention"},
         (f"{LAYERS}0.self_attn.", f"{LAYERS}2.self_attn."),
     ),
+    "all parameters": (
+        {"method": "mezo", "layer": None, "lr": 1e-3},
+        ("model.embed_tokens.", "model.norm.", "lm_head.", *(f"{LAYERS}{i}." for i in range(4))),
+    ),
 }
 
 
@@ -57,9 +61,9 @@ def test_what_is_named_is_tuned_and_nothing_else(data, tmp_path, name, dtype):
     for prefix in prefixes:
         assert any(name.startswith(prefix) for name in moved)
     assert all(name.startswith(prefixes) for name in moved)
-    assert all(p.name.startswith(prefixes) for p in Reader(out / "journal.zo").header.parameters)
-    streams = [p.stream for p in Reader(out / "journal.zo").header.parameters]
-    assert streams == list(range(len(streams)))
+    parameters = Reader(out / "journal.zo").header.parameters
+    assert [p.name for p in parameters] == [name for name in base if name.startswith(prefixes)]
+    assert [p.stream for p in parameters] == list(range(len(parameters)))
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -87,6 +91,18 @@ def test_replay_adapter_and_export_give_its_bits(data, tmp_path, name):
     export(out, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert describe(metrics["layers"], metrics["part"]) in card
+
+
+def test_tied_embeddings_move_as_one_parameter(data, tmp_path):
+    model, out = tiny_model("gpt2"), tmp_path / "out"
+    metrics = train(model, TOKENIZER, replace(SHORT, method="mezo", layer=None), data, out)
+    head = model.get_output_embeddings().weight
+    assert head is model.get_input_embeddings().weight
+    assert not torch.equal(head, tiny_model("gpt2").get_output_embeddings().weight)
+    loaded = tiny_model("gpt2")
+    load_adapter(loaded, out)
+    assert same(state(loaded), state(model))
+    assert evaluate(loaded, TOKENIZER, "sst2", data) == metrics["test"]
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -194,6 +194,9 @@ def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):
     ("change", "says"),
     [
         ({"method": "lora"}, "'lora'.*dominant"),
+        ({"method": "mezo"}, "leave out layer and part"),
+        ({"part": "head"}, "'head'.*attention"),
+        ({"layer": [1, "2"]}, "give one number, or a few"),
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"eval_every": 0}, "eval_every is 0"),

@@ -93,7 +93,9 @@ def train_command(
     task: Annotated[str | None, typer.Option(help="The task, such as sst2.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
-    method: Annotated[str, typer.Option(help="How to tune.")] = _DEFAULTS.method,
+    method: Annotated[
+        str, typer.Option(help="dominant, or mezo for all parameters.")
+    ] = _DEFAULTS.method,
     layer: Annotated[
         str, typer.Option(help="Decoder layer, or several as in 5,11; 'auto' to probe for it.")
     ] = "auto",

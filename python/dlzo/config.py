@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from dlzo.errors import UserError
 
-METHODS = ("dominant",)
+METHODS = ("dominant", "mezo")
 PARTS = ("all", "attention", "mlp")
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
@@ -24,14 +24,16 @@ class TrainConfig:
 
     Attributes:
         task: name of the task.
-        method: "dominant": two-point zeroth-order steps on one decoder layer, or a few.
+        method: two-point zeroth-order steps, "dominant" on one decoder layer or a few, "mezo"
+            (arXiv 2305.17333) on all parameters of the model, but exact, from a float32 master of
+            all of them: 4 bytes a parameter beside the weights and a copy of the best ones.
         layer: index of the tuned decoder layer, or of several; None to let the probe find it.
         part: what of the layer is tuned: "all", "attention" or "mlp".
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
-        lr: learning rate, constant. The default suits a model of 0.1 billion parameters; for
-            7 billion, 1e-7 to 5e-6.
+        lr: learning rate, constant. The default suits one layer of a model of 0.1 billion
+            parameters, a tenth of it all of them; for 7 billion, 1e-7 to 5e-6.
         seed: fixes the order of the examples and every perturbation.
         eval_every: steps from one validation to the next; the last step is always validated.
         prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
@@ -74,6 +76,8 @@ class TrainConfig:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
             raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
+        if self.method == "mezo" and (self.layers or self.part != "all"):
+            raise UserError("method 'mezo' tunes all parameters: leave out layer and part")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")

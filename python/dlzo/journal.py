@@ -157,6 +157,7 @@ def create(path: Path, header: Header) -> None:
     """Writes a journal that has no records yet.
 
     Raises:
+        UserError: its header is too large.
         OSError: it cannot be written.
     """
     replace_file(path, lambda partial: partial.write_bytes(_start(header)[0]))
@@ -220,6 +221,11 @@ def _check_derivable(step: Step, reader: Reader) -> None:
 def _start(header: Header) -> tuple[bytes, int]:
     """The bytes before the first record, and the checksum after them."""
     text = encode_header(header)
+    if len(text) > MAX_HEADER:
+        raise UserError(
+            f"the run tunes {len(header.parameters):,} tensors, more than a journal's header has "
+            "room for: tune fewer layers"
+        )
     return _seal(_START.pack(_MAGIC, VERSION, len(text)) + text, 0)
 
 

@@ -420,8 +420,8 @@ def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, lis
 def _find_layers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> tuple[int, ...]:
-    """The layers to tune: those given, or the dominant one."""
-    if config.layers:
+    """The layers to tune: those given, or the dominant one; none for all parameters."""
+    if config.layers or config.method == "mezo":
         return config.layers
     decision = probe(model, tokenizer).decision
     if decision.layer is None:
