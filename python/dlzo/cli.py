@@ -106,6 +106,15 @@ def train_command(
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
+    lr_decay: Annotated[
+        str, typer.Option(help="How it falls: none, linear or cosine.")
+    ] = _DEFAULTS.lr_decay,
+    lr_per_spread: Annotated[
+        bool, typer.Option(help="Divide it by the spread of a step's losses, as FZOO.")
+    ] = _DEFAULTS.lr_per_spread,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of matrices, times lr a step.")
+    ] = _DEFAULTS.weight_decay,
     seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     eval_every: Annotated[int, typer.Option(help="Steps per validation.")] = _DEFAULTS.eval_every,
     prefix_cache_mb: Annotated[
@@ -144,6 +153,9 @@ def train_command(
             batch_size=batch_size,
             eps=eps,
             lr=lr,
+            lr_decay=lr_decay,
+            lr_per_spread=lr_per_spread,
+            weight_decay=weight_decay,
             seed=seed,
             eval_every=eval_every,
             prefix_cache_mb=prefix_cache_mb,

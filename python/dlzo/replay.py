@@ -54,7 +54,8 @@ def replay(
             f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
         )
     header = reader.header
-    apply_steps(target.modules, islice(Reader(path).steps(), until))
+    steps = islice(Reader(path).steps(), until)
+    apply_steps(target.modules, steps, weight_decay=_weight_decay(reader))
     try:
         save_adapter(
             folder,
@@ -67,8 +68,17 @@ def replay(
     return reader
 
 
-def apply_steps(layer: Layer, steps: Iterable[Step]) -> None:
-    """Moves a layer, and its float32 master, by recorded steps: one pass over it per 1,024."""
+def apply_steps(layer: Layer, steps: Iterable[Step], *, weight_decay: float = 0.0) -> None:
+    """Moves a layer, and its float32 master, by recorded steps.
+
+    One pass over it per 1,024 updates, or with weight decay per step.
+    """
+    if weight_decay:
+        for step in steps:
+            if updates := list(_updates([step])):
+                keep = 1 - step.lr * weight_decay
+                zo_replay(layer, *zip(*updates, strict=True), keep=keep)
+        return
     updates = _updates(steps)
     while chunk := list(islice(updates, _CHUNK)):
         seeds, scales, queries = zip(*chunk, strict=True)
@@ -82,6 +92,15 @@ def _updates(steps: Iterable[Step]) -> Iterator[tuple[int, float, int]]:
         if step.applied and any(scales):
             for query, scale in enumerate(scales):
                 yield step.seed, scale, query
+
+
+def _weight_decay(reader: Reader) -> float:
+    """The weight decay of a run, whose settings may be from anywhere."""
+    header = reader.header
+    found = header.settings.get("weight_decay", 0.0)
+    if not isinstance(found, int | float) or not 0 <= header.lr * found < 1:
+        raise UserError(f"journal {str(reader.path)!r} has an invalid weight decay: do not use it")
+    return found
 
 
 def base_fields(target: Target) -> dict[str, Any]:

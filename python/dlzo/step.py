@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from statistics import stdev
 
 from dlzo import distributed
 from dlzo.config import TrainConfig
@@ -35,11 +37,26 @@ def take_step(
     Returns:
         The step's record, the same on all ranks.
     """
-    seed = step_seed(config.seed, number)
-    step = zo_step(target.modules, seed, config.eps, config.lr, directions=config.directions)
+    seed, lr = step_seed(config.seed, number), config.lr_at(number)
+    step = zo_step(
+        target.modules,
+        seed,
+        config.eps,
+        lr,
+        directions=config.directions,
+        weight_decay=config.weight_decay,
+    )
     losses = _losses(scorer, step, batch, config.directions)
-    result = step.update(losses[::2], losses[1::2], max_loss=max_loss)
-    return Step(number, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
+    if config.lr_per_spread:
+        lr = _per_spread(lr, losses)
+    result = step.update(losses[::2], losses[1::2], max_loss=max_loss, lr=lr)
+    return Step(number, seed, lr, result.projected_grads, tuple(losses), result.applied)
+
+
+def _per_spread(lr: float, losses: Sequence[float]) -> float:
+    """lr / std(losses); lr where the losses are equal or not finite, for then nothing moves."""
+    spread = stdev(losses) if all(map(math.isfinite, losses)) else 0.0
+    return lr / spread if spread > 0 else lr
 
 
 def shares_examples(directions: int) -> bool:

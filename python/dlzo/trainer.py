@@ -254,9 +254,12 @@ class _Run:
             )
         steps = (record for record in records if isinstance(record, Step))
         if progress.best is not None:
-            apply_steps(self.target.modules, islice(steps, progress.best["step"]))
+            self._apply(islice(steps, progress.best["step"]))
             self._keep_as_best()
-        apply_steps(self.target.modules, steps)
+        self._apply(steps)
+
+    def _apply(self, steps: Iterable[Step]) -> None:
+        apply_steps(self.target.modules, steps, weight_decay=self.config.weight_decay)
 
     def _record(self, record: Record) -> None:
         if distributed.rank() == 0:
