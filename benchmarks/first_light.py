@@ -71,7 +71,7 @@ def draw(report: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     untuned = runs[0]["zero_shot"]["accuracy"]
     right.axhline(untuned, color="tab:gray", ls=":", label=f"untuned: test {untuned:.3f}")
     right.set(xlabel="step", ylabel="validation accuracy")
-    right.set_title(f"SST-2, layer {runs[0]['layer']} tuned alone", loc="left")
+    right.set_title(f"SST-2, layer {report['dominant']} tuned alone", loc="left")
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)

@@ -49,7 +49,11 @@ def cases(dtype: torch.dtype) -> list[list[Operand]]:
     ahead, carry = weights(3 * BLOCK, dtype=dtype)[8:], 2**34  # elements to the counter's high half
     return [
         [operand_of(transposed, transposed, offset=2**64 - 2800)],
-        [operand_of(shard, shard, stream=0x80000003, offset=(0xDEADBEEF << 32) + 11, row_stride=64)],
+        [
+            operand_of(
+                shard, shard, stream=0x80000003, offset=(0xDEADBEEF << 32) + 11, row_stride=64
+            )
+        ],
         [operand_of(two_rows, two_rows, row_stride=64)],
         *([operand_of(w, w, offset=n)] for n, w in enumerate(short)),
         [operand_of(w, w, stream=i) for i, w in enumerate(layer)],

@@ -98,7 +98,13 @@ class StepResult:
 
 @overload
 def zo_step(
-    layer: Layer, seed: int | Tensor, eps: float, lr: float, *, directions: int = 1
+    layer: Layer,
+    seed: int | Tensor,
+    eps: float,
+    lr: float,
+    *,
+    directions: int = 1,
+    weight_decay: float = 0.0,
 ) -> ZOStep: ...
 @overload
 def zo_step(
@@ -109,6 +115,7 @@ def zo_step(
     *,
     closure: Callable[[], Loss],
     directions: int = 1,
+    weight_decay: float = 0.0,
 ) -> StepResult: ...
 def zo_step(
     layer: Layer,
@@ -118,6 +125,7 @@ def zo_step(
     *,
     closure: Callable[[], Loss] | None = None,
     directions: int = 1,
+    weight_decay: float = 0.0,
 ) -> StepResult | ZOStep:
     """One two-point zeroth-order step: w -= lr / K * sum_k g_k z_k, g_k = (L+ - L-) / (2 eps).
 
@@ -143,6 +151,8 @@ def zo_step(
         closure: returns the loss of the current weights (a float or a 0-d tensor); called under
             no_grad, 2 * directions times.
         directions: K, the number of directions averaged; direction k is query k of noise v1.
+        weight_decay: tensors of two or more dimensions are first multiplied by 1 - lr *
+            weight_decay, where the step moves anything.
 
     Returns:
         A StepResult with `closure`; without it the open step:
@@ -153,7 +163,7 @@ def zo_step(
         TypeError: the layer is none of the three, or a parameter has a dtype of another kind.
         RuntimeError: another step has the layer perturbed.
     """
-    step = ZOStep(layer, seed, eps, lr, directions)
+    step = ZOStep(layer, seed, eps, lr, directions, weight_decay)
     return step if closure is None else step._run(closure)
 
 
@@ -161,7 +171,13 @@ class ZOStep:
     """An open step: see `zo_step`, which makes it."""
 
     def __init__(
-        self, layer: Layer, seed: int | Tensor, eps: float, lr: float, directions: int = 1
+        self,
+        layer: Layer,
+        seed: int | Tensor,
+        eps: float,
+        lr: float,
+        directions: int = 1,
+        weight_decay: float = 0.0,
     ) -> None:
         if not isinstance(seed, Tensor):
             check_range("seed", seed, 1 << 64)
@@ -171,7 +187,12 @@ class ZOStep:
             raise ValueError(f"lr must be finite and >= 0, not {lr}")
         if directions < 1:
             raise ValueError(f"directions must be at least 1, not {directions}")
+        if not 0 <= lr * weight_decay < 1:
+            raise ValueError(
+                f"weight_decay must be >= 0, and below 1 when multiplied by lr, not {weight_decay}"
+            )
         self._seed, self._eps, self._lr, self._directions = seed, eps, lr, directions
+        self._weight_decay = weight_decay
         self._tuned = _adopted(layer)
         self._operands = [t.operand for t in self._tuned]
         for operand in self._operands:
@@ -196,6 +217,7 @@ class ZOStep:
         loss_minus: Loss | Sequence[Loss],
         *,
         max_loss: float = math.inf,
+        lr: float | None = None,
     ) -> StepResult:
         """Moves the weights by the losses: numbers or 0-d tensors, one per direction.
 
@@ -203,6 +225,7 @@ class ZOStep:
             loss_plus: at master + eps z.
             loss_minus: at master - eps z.
             max_loss: a loss above it leaves the weights as they were, as one that is not finite.
+            lr: in place of the step's own, where it depends on the losses.
 
         Raises:
             ValueError: not one loss per direction.
@@ -217,6 +240,7 @@ class ZOStep:
                 f"{len(plus)} and {len(minus)} losses for {self._directions} directions: "
                 "give one of each per direction"
             )
+        self._lr = self._lr if lr is None else lr
         return self._finish(plus, minus, max_loss)
 
     def _run(self, closure: Callable[[], Loss]) -> StepResult:
@@ -278,7 +302,8 @@ class ZOStep:
         )
         # A product of zero and z could still turn -0.0 into 0.0.
         if applied and any(scales):
-            _accumulate(self._tuned, self._seeds(), scales, range(len(scales)))
+            keep = 1 - self._lr * self._weight_decay
+            _accumulate(self._tuned, self._seeds(), scales, range(len(scales)), keep=keep)
         else:
             self._restore()
         return StepResult([*plus, *minus, *grads, applied])
@@ -294,8 +319,10 @@ class ZOStep:
         scales = grads * (-self._lr / self._directions)
         applied = (losses.isfinite() & (losses <= max_loss)).all() & (scales.abs() < 3.4e38).all()
         gate = (applied & (scales != 0).any()).int()
-        queries = range(self._directions)
-        _accumulate(self._tuned, self._seeds(), scales.float(), queries, gate=gate)
+        queries, keep = range(self._directions), 1 - self._lr * self._weight_decay
+        if keep != 1:
+            keep = torch.where(gate != 0, keep, 1.0).float()
+        _accumulate(self._tuned, self._seeds(), scales.float(), queries, gate=gate, keep=keep)
         return StepResult(torch.cat([losses.flatten(), grads, applied.double().view(1)]))
 
     def _seeds(self) -> Sequence[int] | Tensor:
@@ -310,7 +337,12 @@ def update_scales(lr: float, projected_grads: Sequence[float]) -> list[float]:
 
 
 def zo_replay(
-    layer: Layer, seeds: Sequence[int], scales: Sequence[float], queries: Sequence[int]
+    layer: Layer,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    queries: Sequence[int],
+    *,
+    keep: float = 1.0,
 ) -> None:
     """Adds scales[i] * z(seeds[i], queries[i]) for each i in turn, in one pass over the weights.
 
@@ -323,6 +355,8 @@ def zo_replay(
         seeds: of z, in [0, 2^64).
         scales: `update_scales` of the steps, one after the other.
         queries: number of the direction of each.
+        keep: what tensors of two or more dimensions are multiplied by first: of a single step with
+            weight decay, 1 - lr * weight_decay.
 
     Raises:
         ValueError: lengths differ, a number is out of range, or a parameter cannot be tuned.
@@ -330,7 +364,7 @@ def zo_replay(
     """
     tuned = _adopted(layer)
     check_directions(seeds, scales, queries, tuned[0].live.device)
-    _accumulate(tuned, seeds, scales, queries)
+    _accumulate(tuned, seeds, scales, queries, keep=keep)
 
 
 def _accumulate(
@@ -340,9 +374,14 @@ def _accumulate(
     queries: Sequence[int],
     *,
     gate: Tensor | None = None,
+    keep: float | Tensor = 1.0,
 ) -> None:
     """Moves the masters along the directions, in order, and makes the live weights theirs."""
     with _uninterrupted():
+        if isinstance(keep, Tensor) or keep != 1:
+            for t in tuned:
+                if t.live.dim() > 1:
+                    t.entry.master.mul_(keep)
         accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
         for t in tuned:
             t.entry.release(t.live)

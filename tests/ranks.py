@@ -32,6 +32,10 @@ from runs import CONFIG, TOKENIZER
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
+TARGETS = {
+    "parts": {"layer": (1, 3), "part": "mlp"},
+    "all parameters": {"method": "mezo", "layer": None, "lr": 1e-3, "directions": 2},
+}
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
@@ -60,6 +64,14 @@ def whole_runs(folder: Path) -> None:
     model = tiny_model()
     resume(model, TOKENIZER, folder / "taken up")
     save(model, folder / "taken up")
+
+
+def targets(folder: Path) -> None:
+    """Runs on more than one layer, whose ranks share examples, or directions."""
+    for name, changes in TARGETS.items():
+        model = tiny_model()
+        train(model, TOKENIZER, replace(SHORT, **changes), folder / "data", folder / name)
+        torch.save(model.state_dict(), folder / name / f"state-{rank()}.pt")
 
 
 class WatchedCache(PrefixCache):

@@ -7,9 +7,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dlzo.adapter import layer_fingerprint, load_adapter, read_config, save_adapter
+from dlzo.adapter import load_adapter, read_config, save_adapter
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
+from dlzo.target import Target, weights_fingerprint
 from tiny import tiny_model
 
 LAYER = 2
@@ -28,13 +29,11 @@ def adapter(request, tmp_path):
     """A folder with an adapter, and the state of the model it was saved from."""
     model = tiny_model(dtype=request.param)
     model.name_or_path = "tiny"
-    layer = decoder_layers(model)[LAYER]
-    fingerprint = layer_fingerprint(layer)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.mul_(1.5)
+    target = Target(model, (LAYER,))
+    fingerprint = target.fingerprint()
+    target.restore(1.5 * weights for weights in target.weights())
     folder = tmp_path / "deep" / "adapter"
-    save_adapter(folder, model, LAYER, base_fingerprint=fingerprint, info={"task": "sst2"})
+    save_adapter(folder, target, base_fingerprint=fingerprint, info={"task": "sst2"})
     return folder, state(model)
 
 
@@ -72,7 +71,7 @@ def test_round_trip_is_exact(adapter):
     assert not same(state(model), tuned)
     config = load_adapter(model, folder)
     assert same(state(model), tuned)
-    assert (config["layer"], config["task"], config["base_model"]) == (LAYER, "sst2", "tiny")
+    assert (config["layers"], config["task"], config["base_model"]) == ([LAYER], "sst2", "tiny")
     assert [path.name for path in folder.iterdir()] == ["adapter_model.safetensors"]
 
 
@@ -100,22 +99,22 @@ def test_weights_file_holds_the_tuned_layer_alone_by_the_names_of_peft(adapter):
 
 def test_fingerprint_sees_a_single_bit_and_a_name():
     layer = decoder_layers(tiny_model())[0]
-    before = layer_fingerprint(layer)
+    before = weights_fingerprint([layer])
     weight = layer.mlp.up_proj.weight
     with torch.no_grad():
         weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
-    assert layer_fingerprint(layer) != before
+    assert weights_fingerprint([layer]) != before
     same_bytes = torch.nn.Linear(2, 2, bias=False)
     renamed = torch.nn.Module()
     renamed.kernel = same_bytes.weight
-    assert layer_fingerprint(renamed) != layer_fingerprint(same_bytes)
+    assert weights_fingerprint([renamed]) != weights_fingerprint([same_bytes])
 
 
 def test_another_base_is_refused(adapter):
     model = base(adapter)
     with torch.no_grad():
         next(decoder_layers(model)[LAYER].parameters())[0] += 0.5
-    assert_refused(adapter, "other weights of layer 2.*'tiny'", model)
+    assert_refused(adapter, "other weights than.*'tiny'", model)
 
 
 def test_another_dtype_is_refused(adapter):
@@ -129,16 +128,17 @@ def test_another_architecture_is_refused(adapter):
 
 
 def test_a_layer_that_the_model_lacks_is_refused(adapter):
-    change_config(adapter[0], layer=4)
-    assert_refused(adapter, "tunes layer 4 and the model has 4 layers")
+    change_config(adapter[0], layers=[4])
+    assert_refused(adapter, "layer is 4: the model has layers 0 to 3.*'tiny'")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 1}, "format version 1"),
-        ({"layer": "2"}, "'layer'"),
-        ({"layer": True}, "'layer'"),
+        ({"version": 2}, "format version 2.*dlzo replay"),
+        ({"layers": 2}, "'layers'"),
+        ({"layers": [True]}, "'layers'"),
+        ({"part": "head"}, "part is 'head'"),
         ({"base_fingerprint": None}, "'base_fingerprint'"),
         ({"dtype": 16}, "'dtype'"),
     ],
@@ -204,5 +204,5 @@ def test_a_failed_write_leaves_the_old_adapter(adapter, monkeypatch):
 
     monkeypatch.setattr("dlzo.adapter.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(folder, base(adapter), LAYER, base_fingerprint="", info={})
+        save_adapter(folder, Target(base(adapter), (LAYER,)), base_fingerprint="", info={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -69,7 +69,7 @@ def test_train_then_eval_gives_the_same_figures(run, model, data, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     for name in ("zero_shot", "best", "final", "test"):
         assert 0 <= metrics[name]["accuracy"] <= 1
-    assert (metrics["task"], metrics["method"], metrics["layer"]) == ("sst2", "dominant", 1)
+    assert (metrics["task"], metrics["method"], metrics["layers"]) == ("sst2", "dominant", [1])
     assert (metrics["steps"], metrics["seed"], metrics["dtype"]) == (4, 0, "float32")
     assert metrics["step_ms_median"] > 0
     assert metrics["peak_rss_mb"] > 100
@@ -82,6 +82,17 @@ def test_train_then_eval_gives_the_same_figures(run, model, data, tmp_path):
     assert json.loads(found.read_text()) == metrics["test"]
     run("eval", model, *common)
     assert json.loads(found.read_text()) == metrics["zero_shot"]
+
+
+def test_parts_of_several_layers_are_tuned_and_named(run, model, data, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = run(*train_arguments(model, data, out, "--layer", "1,3", "--part", "mlp"))
+    assert code == 0 and "the MLP of layers 1 and 3" in text
+    names = load_file(out / "adapter_model.safetensors")
+    assert {name.split(".")[4] for name in names} == {"1", "3"}
+    assert all(".mlp." in name for name in names)
+    code, text, _ = run("replay", model, out / "journal.zo", "--out", tmp_path / "rebuilt")
+    assert code == 0 and "the MLP of layers 1 and 3 written to" in text
 
 
 def test_probe_writes_what_it_shows(run, model, tmp_path):
@@ -132,6 +143,10 @@ BAD = {
     "adapter": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--adapter", "x"], "'x'"),
     "layer": ("--layer 4", "layer is 4: the model has layers 0 to 3"),
     "layer text": ("--layer first", "'first'"),
+    "layers": ("--layer 1,7", "layer is 7"),
+    "layers text": ("--layer 1,", "'1,'"),
+    "part": ("--part head", "'head'"),
+    "mezo with a layer": ("--method mezo", "leave out layer"),
     "negative layer": ("--layer -1", "layer is -1"),
     "eps": ("--eps 0", "eps is 0.0"),
     "eps nan": ("--eps nan", "eps is nan"),
@@ -264,7 +279,7 @@ def test_a_run_is_exported_in_each_form(run, model, data, tmp_path, finished):
         assert run("export", finished, "--out", out, "--form", form)[0] == 0
         assert {path.name for path in out.iterdir()} >= {*names, "README.md"}
         card = (out / "README.md").read_text()
-        assert "Decoder layer 1" in card and str(metrics["test"]["loss"]) in card
+        assert "forward passes only: layer 1 of" in card and str(metrics["test"]["loss"]) in card
         assert "/" not in card.split("---")[1]
     found = tmp_path / "eval.json"
     common = ["--task", "sst2", "--data", data, "--dtype", "float32", "--json", found]

@@ -17,10 +17,10 @@ import torch
 from dlzo.journal import Reader
 from dlzo.models import decoder_layers
 from dlzo.records import Event
-from dlzo.replay import apply_steps
+from dlzo.replay import apply_steps, replay
 from dlzo.trainer import resume, train
-from ranks import SHORT
-from runs import TOKENIZER, write_data
+from ranks import SHORT, TARGETS
+from runs import TOKENIZER, same, state, write_data
 from tiny import byte_tokenizer, tiny_model
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -118,6 +118,20 @@ def test_a_stopped_run_goes_on_with_the_same_or_another_number_of_ranks(runs, tm
     assert_close(folder / "examples", tmp_path / "alone")
 
 
+def test_runs_on_more_than_a_layer_end_in_the_bits_of_rank_0s_journal(tmp_path):
+    write_data(tmp_path / "data")
+    for code, error in start("targets", tmp_path, 2):
+        assert code == 0, error
+    for name in TARGETS:
+        best = json.loads((tmp_path / name / "metrics.json").read_text())["best"]["step"]
+        model = tiny_model()
+        replay(model, tmp_path / name / "journal.zo", tmp_path / name / "rebuilt", until=best)
+        for rank in range(2):
+            found = torch.load(tmp_path / name / f"state-{rank}.pt", weights_only=True)
+            assert same(found, state(model))
+        assert best > 0
+
+
 def test_a_rank_caches_what_it_scores(tmp_path):
     write_data(tmp_path / "data")
     for code, error in start("caching", tmp_path, 3):
@@ -133,7 +147,7 @@ def test_what_differs_between_ranks_is_said_and_by_which(tmp_path):
         assert code == 0, error
     for rank in range(3):
         errors = (tmp_path / f"errors-{rank}").read_text().splitlines()
-        assert "the layer after step 4 on rank 2 differs" in errors[0]
+        assert "the weights after step 4 on rank 2 differs" in errors[0]
         assert "data or the settings on rank 2 differs" in errors[1]
         assert "exists: choose another folder" in errors[2]
 

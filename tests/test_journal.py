@@ -29,7 +29,7 @@ HEADER = Header(
     config_fingerprint="cd" * 32,
     data_fingerprint="ef" * 32,
     dtype="bfloat16",
-    layer=1,
+    layers=(1,),
     parameters=(Parameter("model.layers.1.mlp.up_proj.weight", "bfloat16", (64, 32), 4),),
     directions=1,
     lr=3e-4,
@@ -84,7 +84,7 @@ def test_bytes_are_those_of_the_document(tmp_path):
             "data_fingerprint": "ef" * 32,
             "directions": 1,
             "dtype": "bfloat16",
-            "layer": 1,
+            "layers": [1],
             "library_version": "0.1.0",
             "lr": 3e-4,
             "noise_version": 1,
@@ -97,7 +97,7 @@ def test_bytes_are_those_of_the_document(tmp_path):
     event = b'{"accuracy":0.5,"event":"validation","loss":0.69}'
     step = struct.pack("<BBHIQdddd", 1, 1, 1, 1, step_seed(7, 1), 3e-4, 0.7, 0.6995, 0.25)
     parts = [
-        struct.pack("<8sII", b"DLZOJRNL", 1, len(text)) + text,
+        struct.pack("<8sII", b"DLZOJRNL", 2, len(text)) + text,
         struct.pack("<BBHI", 2, 0, len(event), 0) + event,
         step,
     ]
@@ -249,7 +249,7 @@ def test_a_compact_journal_is_refused_where_steps_are_not_the_runs(journal, tmp_
 
 def header_part(**changes) -> bytes:
     text = json.dumps(asdict(HEADER) | changes).encode()
-    return struct.pack("<8sII", b"DLZOJRNL", 1, len(text)) + text
+    return struct.pack("<8sII", b"DLZOJRNL", 2, len(text)) + text
 
 
 @pytest.mark.parametrize(
@@ -258,16 +258,18 @@ def header_part(**changes) -> bytes:
         (b"", "not a dlzo journal"),
         (b"PK\x03\x04 and so on", "not a dlzo journal"),
         (b"DLZOJRNL\x01", "damaged header"),
-        (struct.pack("<8sII", b"DLZOJRNL", 2, 0), "format version 2"),
+        (struct.pack("<8sII", b"DLZOJRNL", 0, 0), "format version 0"),
+        (struct.pack("<8sII", b"DLZOJRNL", 3, 0), "format version 3"),
         (struct.pack("<8sII", b"DLZOJRNL", 1, 0xFFFFFFFF), "damaged header"),
         (sealed(struct.pack("<8sII", b"DLZOJRNL", 1, 2) + b"[]"), "not a JSON object"),
         (sealed(struct.pack("<8sII", b"DLZOJRNL", 1, 2) + b"{}"), "missing field"),
         (sealed(struct.pack("<8sII", b"DLZOJRNL", 1, 90_000) + b"[" * 90_000), "nested too deep"),
         (sealed(header_part(extra=1)), "unknown field 'extra'"),
-        (sealed(header_part(layer="1")), "layer must be of type int"),
-        (sealed(header_part(layer=True)), "layer must be of type int"),
-        (sealed(header_part(layer=-1)), "layer must be at least 0"),
-        (sealed(header_part(seed=1 << 63)), "seed below"),
+        (sealed(header_part(layers=1)), "layers must be of type list"),
+        (sealed(header_part(layers=[True])), "layers must be integers"),
+        (sealed(header_part(layers=[-1])), "layers must be integers of at least 0"),
+        (sealed(header_part(layer=1)), "unknown field 'layer'"),
+        (sealed(header_part(seed=1 << 63)), "seed must be"),
         (sealed(header_part(directions=0)), "directions must be"),
         (sealed(header_part(lr=math.nan)), "lr must be finite"),
         (sealed(header_part(parameters=[["w", "float32", ["3"], 0]])), "a parameter must be"),
@@ -279,6 +281,12 @@ def test_headers_that_are_none_are_refused(tmp_path, data, says):
     path.write_bytes(data)
     with pytest.raises(UserError, match=says):
         Reader(path)
+
+
+def test_a_header_that_no_reader_would_take_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="tunes 20,000 tensors"):
+        create(tmp_path / "journal.zo", replace(HEADER, parameters=HEADER.parameters * 20_000))
+    assert not any(tmp_path.iterdir())
 
 
 def step_part(number: int, *, applied: int = 1, count: int = 1, gradient: float = 0.1) -> bytes:

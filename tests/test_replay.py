@@ -14,6 +14,7 @@ from dlzo.journal import Reader, Writer, compact, create
 from dlzo.models import decoder_layers
 from dlzo.records import Header, Step
 from dlzo.replay import apply_steps, base_fields, replay
+from dlzo.target import Target
 from dlzo.trainer import train
 from dlzo_kernels import zo_step
 from runs import CONFIG, TOKENIZER, same, state, write_data
@@ -73,7 +74,7 @@ def test_several_directions_and_skipped_steps(tmp_path):
     live, replayed = (decoder_layers(tiny_model(dtype=torch.bfloat16))[0] for _ in range(2))
     base = tiny_model(dtype=torch.bfloat16)
     header = Header(
-        **base_fields(base, 0),
+        **base_fields(Target(base, (0,))),
         data_fingerprint="",
         directions=3,
         lr=1e-2,
@@ -116,8 +117,8 @@ def with_header(journal, path, **changes):
     [
         ({"noise_version": 2}, "noise version is 2, not 1"),
         ({"dtype": "float16"}, "dtype is float16"),
-        ({"layer": 2}, "base fingerprint"),
-        ({"layer": 4}, "tunes layer 4 and the model has 4 layers"),
+        ({"layers": (2,)}, "base fingerprint"),
+        ({"layers": (4,)}, "layer is 4: the model has layers 0 to 3"),
         ({"parameters": ()}, "parameters is"),
         ({"config_fingerprint": "00"}, "config fingerprint is 00"),
         ({"base_fingerprint": "00"}, "base fingerprint is 00"),

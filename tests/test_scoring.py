@@ -128,6 +128,36 @@ def test_losses_equal_plain_passes(family, dtype, row_tokens, layer_index, loss,
     assert abs(losses[0] - losses[1]) > 30 * tolerance(family, dtype)
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
+@pytest.mark.parametrize("tuned", [(3, 1), (0, 2), ()], ids=str)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_losses_of_several_tuned_layers_and_of_the_whole_model(family, tuned, cached):
+    model, tokenizer = tiny_model(family), byte_tokenizer()
+    layers = [decoder_layers(model)[i] for i in tuned]
+    cache = PrefixCache(1 << 20)
+    scorer = Scorer(model, tokenizer, layers, cache=cache, row_tokens=60)
+    batch = scorer.encode(EXAMPLES)
+    if cached:
+        scorer.cache_prefixes(batch)
+    assert (cache.used_bytes > 0) == (cached and tuned == (3, 1))
+    calls = []
+    inside = next(decoder_layers(model)[0].children())
+    hook = inside.register_forward_hook(lambda *_: calls.append(0))
+    states = Shift(torch.nn.ModuleList(layers) if layers else model, 1 / 64).states
+    plan = scorer.plan(batch)
+    losses = scorer.losses(plan, states)
+    # What lies below the lowest tuned layer runs once for all states, or comes from the cache.
+    runs = len(states) if tuned != (3, 1) else not cached
+    assert len(calls) == runs * len(plan.packs)
+    hook.remove()
+    expected = []
+    for state in states:
+        with state():
+            expected.append(plain_loss(model, tokenizer, EXAMPLES))
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
 def test_what_each_architecture_allows():
     problems = {}
     for family in CONFIGS:
@@ -358,6 +388,12 @@ def test_model_is_put_back_after_an_error():
 def test_a_layer_outside_the_model_is_refused():
     with pytest.raises(UserError, match="Linear outside the model"):
         Scorer(tiny_model(), byte_tokenizer(), torch.nn.Linear(2, 2))
+
+
+def test_several_layers_are_decoder_layers():
+    model = tiny_model()
+    with pytest.raises(UserError, match="LlamaMLP outside the model"):
+        Scorer(model, byte_tokenizer(), [model.model.layers[1], model.model.layers[2].mlp])
 
 
 def test_dropout_is_off():

@@ -465,21 +465,67 @@ def test_a_loss_above_the_limit_moves_nothing():
 
 @pytest.mark.parametrize("directions", [1, 3])
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, 99.0])
-@pytest.mark.parametrize("lr", [0.0, 1e-2])
-def test_an_update_from_losses_on_the_device_has_the_bits_of_one_from_numbers(directions, bad, lr):
+@pytest.mark.parametrize(("lr", "weight_decay"), [(0.0, 0.0), (0.0, 0.5), (1e-2, 0.0), (1e-2, 0.5)])
+def test_an_update_from_losses_on_the_device_has_the_bits_of_one_from_numbers(
+    directions, bad, lr, weight_decay
+):
     generator = torch.Generator().manual_seed(directions)
     plus, minus = torch.rand(2, directions, generator=generator)
     if bad is not None:
         minus[-1] = bad
     here, there = layer_of(torch.bfloat16), layer_of(torch.bfloat16)
     seed = 2**63 + 5
-    steps = [zo_step(layer, seed, 1e-3, lr, directions=directions) for layer in (here, there)]
+    steps = [
+        zo_step(layer, seed, 1e-3, lr, directions=directions, weight_decay=weight_decay)
+        for layer in (here, there)
+    ]
     expected = steps[0].update(plus.tolist(), minus.tolist(), max_loss=50.0)
     got = steps[1]._finish_on(torch.device("cpu"), plus, minus, 50.0)
     assert got.applied == expected.applied == (bad is None)
     if bad is None or bad == 99.0:
         assert got == expected
     assert_untouched(there, copies(here))
+
+
+@pytest.mark.parametrize("lr", [None, 3e-2])
+def test_weight_decay_shrinks_matrices_before_the_move(dtype, lr):
+    layer = layer_of(dtype)
+    masters = [weights.float() for weights in copies(layer)]
+    for seed in range(3):
+        step = zo_step(layer, seed, 1e-2, 1e-2, weight_decay=0.3, directions=2)
+        result = step.update((0.5, 0.7), (0.4, 0.9), lr=lr)
+        # No float32 is nearer to the factor; as a number, numpy rounds it so too.
+        keep = torch.tensor(1 - (lr or 1e-2) * 0.3)
+        scales = update_scales(lr or 1e-2, result.projected_grads)
+        for stream, master in enumerate(masters):
+            if stream == 2:  # frozen
+                continue
+            if master.dim() > 1:
+                master.copy_(master * keep)
+            for query, scale in enumerate(scales):
+                z = gaussian(master.shape, seed, stream=stream, query=query)
+                master.copy_(master + torch.tensor(scale) * z)
+    assert_untouched(layer, [master.to(dtype) for master in masters])
+
+
+def test_weight_decay_is_replayed_and_does_not_touch_a_step_that_moves_nothing(dtype):
+    live, replayed = layer_of(dtype), layer_of(dtype)
+    for seed, (plus, minus) in enumerate([(0.5, 0.4), (0.5, 0.5), (math.nan, 0.5), (0.2, 0.4)]):
+        before = copies(live)
+        step = zo_step(live, seed, 1e-2, 1e-2, weight_decay=0.3)
+        result = step.update(plus, minus)
+        if not result.applied or plus == minus:
+            assert_untouched(live, before)
+            continue
+        scales = update_scales(1e-2, result.projected_grads)
+        zo_replay(replayed, [seed], scales, [0], keep=1 - 1e-2 * 0.3)
+        assert_untouched(replayed, copies(live))
+
+
+@pytest.mark.parametrize("weight_decay", [-0.1, 100.0, math.nan, math.inf])
+def test_weight_decay_out_of_range_is_refused(weight_decay):
+    with pytest.raises(ValueError, match="weight_decay must be"):
+        zo_step(torch.ones(3, 3), 1, 1e-2, 1e-2, weight_decay=weight_decay)
 
 
 def test_a_seed_in_memory_is_the_same_as_the_number():

@@ -127,7 +127,7 @@ def test_the_probe_finds_the_layer(data, tmp_path, monkeypatch):
     decision = SimpleNamespace(layer=2, verdict="sharp")
     monkeypatch.setattr(trainer, "probe", lambda *_: SimpleNamespace(decision=decision))
     metrics = train(tiny_model(), TOKENIZER, replace(SHORT, layer=None), data, tmp_path / "out")
-    assert metrics["layer"] == 2
+    assert metrics["layers"] == [2]
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch):
@@ -194,6 +194,13 @@ def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):
     ("change", "says"),
     [
         ({"method": "lora"}, "'lora'.*dominant"),
+        ({"method": "mezo"}, "leave out layer and part"),
+        ({"part": "head"}, "'head'.*attention"),
+        ({"layer": [1, "2"]}, "give one number, or a few"),
+        ({"lr_decay": "exponential"}, "lr_decay 'exponential'.*cosine"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0\.1"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"weight_decay": 0.1, "lr_per_spread": True}, "leave one of the two out"),
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"eval_every": 0}, "eval_every is 0"),

@@ -1,4 +1,4 @@
-"""Adapters: one tuned decoder layer on disk, bound to the base model it was tuned in.
+"""Adapters: what was tuned of a model on disk, bound to the base model it was tuned in.
 
 An adapter is one safetensors file, its tensors named as PEFT names them, with its configuration as
 JSON in the file's metadata: so the two cannot get out of step.
@@ -6,7 +6,6 @@ JSON in the file's metadata: so the two cannot get out of step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,14 +21,14 @@ from transformers import PreTrainedModel
 
 from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file
-from dlzo.models import decoder_layers
+from dlzo.target import Target
 
 FORMAT = "dlzo-layer"
-VERSION = 2
+VERSION = 3
 WEIGHTS_FILE = "adapter_model.safetensors"
 # As PEFT names the tensors of its adapters.
 PREFIX = "base_model.model."
-_FIELDS = {"base_model": str, "base_fingerprint": str, "dtype": str, "layer": int}
+_FIELDS = {"base_model": str, "base_fingerprint": str, "dtype": str, "layers": list, "part": str}
 
 
 def dtype_name(model: PreTrainedModel) -> str:
@@ -37,31 +36,15 @@ def dtype_name(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def layer_fingerprint(layer: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a layer's parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in layer.named_parameters():
-        tensor = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def save_adapter(
-    path: str | Path,
-    model: PreTrainedModel,
-    layer_index: int,
-    *,
-    base_fingerprint: str,
-    info: Mapping[str, Any],
+    path: str | Path, target: Target, *, base_fingerprint: str, info: Mapping[str, Any]
 ) -> None:
-    """Writes a decoder layer as it is now to the folder `path`, whole or not at all.
+    """Writes what is tuned, as it is now, to the folder `path`, whole or not at all.
 
     Args:
         path: Folder of the adapter; made if it is missing.
-        model: The model that holds the tuned layer.
-        layer_index: Which decoder layer, from 0.
-        base_fingerprint: `layer_fingerprint` of the layer before it was tuned.
+        target: What is tuned.
+        base_fingerprint: `fingerprint` of the target before it was tuned.
         info: Further JSON values for the configuration, such as the task.
 
     Raises:
@@ -72,14 +55,15 @@ def save_adapter(
     config = {
         **info,
         "version": VERSION,
-        "base_model": model.name_or_path,
+        "base_model": target.model.name_or_path,
         "base_fingerprint": base_fingerprint,
-        "layer": layer_index,
-        "dtype": dtype_name(model),
+        "layers": target.layers,
+        "part": target.part,
+        "dtype": dtype_name(target.model),
     }
     tensors = {
         PREFIX + name: parameter.detach().cpu().contiguous()
-        for name, parameter in layer_parameters(model, layer_index).items()
+        for name, parameter in target.parameters.items()
     }
 
     def write(partial: Path) -> None:
@@ -93,7 +77,7 @@ def save_adapter(
 
 
 def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str, Any]:
-    """Puts a tuned layer into `model`; returns the adapter's configuration.
+    """Puts what was tuned into `model`; returns the adapter's configuration.
 
     Args:
         model: The adapter's base model.
@@ -111,30 +95,24 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
             f"adapter {str(path)!r} is for a {config['dtype']} model and this one is {dtype}: "
             f"load the model in {config['dtype']}"
         )
-    layers = decoder_layers(model)
-    layer = config["layer"]
-    if not 0 <= layer < len(layers):
+    try:
+        target = Target(model, tuple(config["layers"]), config["part"])
+    except UserError as error:
         raise UserError(
-            f"adapter {str(path)!r} tunes layer {layer} and the model has {len(layers)} layers: "
-            f"load its base model, {config['base_model']!r}"
-        )
-    parameters = {PREFIX + name: p for name, p in layer_parameters(model, layer).items()}
+            f"adapter {str(path)!r} does not fit the model ({error}): load its base model, "
+            f"{config['base_model']!r}"
+        ) from error
+    parameters = {PREFIX + name: p for name, p in target.parameters.items()}
     _check_tensors(path, tensors, parameters)
-    if layer_fingerprint(layers[layer]) != config["base_fingerprint"]:
+    if target.fingerprint() != config["base_fingerprint"]:
         raise UserError(
-            f"adapter {str(path)!r} was tuned from other weights of layer {layer} than this "
-            f"model's: load its base model, {config['base_model']!r}"
+            f"adapter {str(path)!r} was tuned from other weights than this model's: load its base "
+            f"model, {config['base_model']!r}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return config
-
-
-def layer_parameters(model: PreTrainedModel, layer_index: int) -> dict[str, nn.Parameter]:
-    """A decoder layer's parameters by their full names in the model."""
-    own = {id(parameter) for parameter in decoder_layers(model)[layer_index].parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -183,7 +161,11 @@ def _checked(text: str | None, path: Path) -> dict[str, Any]:
     """The configuration in a text from anywhere."""
     if text is None:
         raise UserError(f"{str(path)!r} is not a dlzo adapter: its metadata has no {FORMAT!r}")
-    return parse_versioned(text, path, VERSION, _FIELDS, "train it again")
+    remedy = "rebuild it from its journal by `dlzo replay`, or train it again"
+    config = parse_versioned(text, path, VERSION, _FIELDS, remedy)
+    if not all(type(layer) is int for layer in config["layers"]):
+        raise UserError(f"{str(path)!r} has no valid 'layers': {remedy}")
+    return config
 
 
 def _check_tensors(

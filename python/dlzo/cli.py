@@ -42,6 +42,7 @@ from dlzo.probe import probe
 from dlzo.replay import replay
 from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
 from dlzo.sensitivity import sensitivity
+from dlzo.target import describe
 from dlzo.tasks import Split
 from dlzo.trainer import resume, train
 
@@ -136,12 +137,28 @@ def train_command(
     task: Annotated[str | None, typer.Option(help="The task, such as sst2.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
-    method: Annotated[str, typer.Option(help="How to tune.")] = _DEFAULTS.method,
-    layer: Annotated[str, typer.Option(help="Decoder layer, 'auto' to probe for it.")] = "auto",
+    method: Annotated[
+        str, typer.Option(help="dominant, or mezo for all parameters.")
+    ] = _DEFAULTS.method,
+    layer: Annotated[
+        str, typer.Option(help="Decoder layer, or several as in 5,11; 'auto' to probe for it.")
+    ] = "auto",
+    part: Annotated[
+        str, typer.Option(help="Of the layer: all, attention or mlp.")
+    ] = _DEFAULTS.part,
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
+    lr_decay: Annotated[
+        str, typer.Option(help="How it falls: none, linear or cosine.")
+    ] = _DEFAULTS.lr_decay,
+    lr_per_spread: Annotated[
+        bool, typer.Option(help="Divide it by the spread of a step's losses, as FZOO.")
+    ] = _DEFAULTS.lr_per_spread,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of matrices, times lr a step.")
+    ] = _DEFAULTS.weight_decay,
     seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     eval_every: Annotated[int, typer.Option(help="Steps per validation.")] = _DEFAULTS.eval_every,
     prefix_cache_mb: Annotated[
@@ -164,7 +181,7 @@ def train_command(
     ] = None,
     plot: Plot = None,
 ) -> None:
-    """Fine-tune one decoder layer with forward passes only."""
+    """Fine-tune a model, or the part of it that matters, with forward passes only."""
     if resume_from is not None:
         _refuse_beside_resume(context)
         metrics = _resume(resume_from)
@@ -175,10 +192,14 @@ def train_command(
             task=task,
             method=method,
             layer=_parse_layer(layer),
+            part=part,
             steps=steps,
             batch_size=batch_size,
             eps=eps,
             lr=lr,
+            lr_decay=lr_decay,
+            lr_per_spread=lr_per_spread,
+            weight_decay=weight_decay,
             seed=seed,
             eval_every=eval_every,
             prefix_cache_mb=prefix_cache_mb,
@@ -205,11 +226,13 @@ def replay_command(
     out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
     until: Annotated[int | None, typer.Option(help="Last step; by default, of all.")] = None,
 ) -> None:
-    """Rebuild a tuned layer from the base model and a journal, bit for bit."""
+    """Rebuild what was tuned from the base model and a journal, bit for bit."""
     loaded, _ = load_model(model, dtype=parse_dtype(Reader(journal).header.dtype))
     reader = replay(loaded, journal, out, until=until)
     warn(reader)
-    console.print(f"layer {reader.header.layer} written to {out}", highlight=False)
+    header = reader.header
+    tuned = describe(header.layers, header.settings.get("part", "all"))
+    console.print(f"{tuned} written to {out}", highlight=False)
 
 
 @app.command("export")
@@ -218,7 +241,7 @@ def export_command(
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     form: Annotated[str, typer.Option(help="adapter, model (merged) or journal.")] = "adapter",
 ) -> None:
-    """Write the tuned layer of a run, with a model card, in a form to hand on."""
+    """Write what a run has tuned, with a model card, in a form to hand on."""
     export(run, out, cast(Form, form))
     console.print(f"written to {out}", highlight=False)
 
@@ -320,7 +343,7 @@ def _resumable(out: Path) -> Iterator[None]:
         if not (out / JOURNAL_FILE).exists():
             raise
         console.print(
-            f"interrupted: the best layer so far is in {out}; go on with "
+            f"interrupted: the best weights so far are in {out}; go on with "
             f"`dlzo train --resume {out}`",
             highlight=False,
             soft_wrap=True,
@@ -328,13 +351,15 @@ def _resumable(out: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _parse_layer(text: str) -> int | None:
+def _parse_layer(text: str) -> tuple[int, ...] | None:
     if text == "auto":
         return None
     try:
-        return int(text)
+        return tuple(map(int, text.split(",")))
     except ValueError:
-        raise UserError(f"layer is {text!r}: give its number or 'auto'") from None
+        raise UserError(
+            f"layer is {text!r}: give its number, several as in 5,11 or 'auto'"
+        ) from None
 
 
 def _parse_layers(text: str) -> list[int] | None:
@@ -386,7 +411,8 @@ def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
 
 def _summary(metrics: Metrics) -> Table:
     """The four evaluations of a run, and what it cost."""
-    table = Table(title=f"{metrics['task']}, layer {metrics['layer']}, {metrics['dtype']}")
+    tuned = describe(metrics["layers"], metrics["part"])
+    table = Table(title=f"{metrics['task']}, {tuned}, {metrics['dtype']}")
     measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
     for heading in ("", "split", *measured, "loss"):
         table.add_column(heading, justify="left" if heading in ("", "split") else "right")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from dlzo.errors import UserError
 
-METHODS = ("dominant",)
+DECAYS = ("none", "linear", "cosine")
+METHODS = ("dominant", "mezo")
+PARTS = ("all", "attention", "mlp")
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
     **dict.fromkeys(("seed", "prefix_cache_mb"), 0),
@@ -23,13 +25,21 @@ class TrainConfig:
 
     Attributes:
         task: name of the task.
-        method: "dominant": two-point zeroth-order steps on one decoder layer.
-        layer: index of the tuned decoder layer, None to let the probe find it.
+        method: two-point zeroth-order steps, "dominant" on one decoder layer or a few, "mezo"
+            (arXiv 2305.17333) on all parameters of the model, but exact, from a float32 master of
+            all of them: 4 bytes a parameter beside the weights and a copy of the best ones.
+        layer: index of the tuned decoder layer, or of several; None to let the probe find it.
+        part: what of the layer is tuned: "all", "attention" or "mlp".
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
-        lr: learning rate, constant. The default suits a model of 0.1 billion parameters; for
-            7 billion, 1e-7 to 5e-6.
+        lr: learning rate. The default suits one layer of a model of 0.1 billion parameters, a tenth
+            of it all of them; for 7 billion, 1e-7 to 5e-6.
+        lr_decay: how it falls towards 0 over the steps: "none", "linear" or "cosine".
+        lr_per_spread: whether each step divides it by the standard deviation of its own losses, as
+            FZOO does (arXiv 2506.09034, there with one-sided differences); a good lr is then
+            smaller, by about that deviation, and more directions make it steadier.
+        weight_decay: before it moves, a step multiplies matrices by 1 - lr * weight_decay.
         seed: fixes the order of the examples and every perturbation.
         eval_every: steps from one validation to the next; the last step is always validated.
         prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
@@ -45,11 +55,15 @@ class TrainConfig:
 
     task: str
     method: str = "dominant"
-    layer: int | None = None
+    layer: int | Sequence[int] | None = None
+    part: str = "all"
     steps: int = 300
     batch_size: int = 16
     eps: float = 1e-3
     lr: float = 3e-4
+    lr_decay: str = "none"
+    lr_per_spread: bool = False
+    weight_decay: float = 0.0
     seed: int = 0
     eval_every: int = 100
     prefix_cache_mb: int = 1000
@@ -58,9 +72,30 @@ class TrainConfig:
     sync_steps: int = 100
     sync_seconds: float = 5.0
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are given, lowest first."""
+        given = [self.layer] if isinstance(self.layer, int) else self.layer or ()
+        return tuple(sorted(set(given)))
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, from 1: the whole lr at the first one."""
+        done = (step - 1) / self.steps
+        if self.lr_decay == "linear":
+            return self.lr * (1 - done)
+        if self.lr_decay == "cosine":
+            return self.lr * (1 + math.cos(math.pi * done)) / 2
+        return self.lr
+
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
+        if self.part not in PARTS:
+            raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
+        if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
+            raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
+        if self.method == "mezo" and (self.layers or self.part != "all"):
+            raise UserError("method 'mezo' tunes all parameters: leave out layer and part")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
@@ -70,13 +105,22 @@ class TrainConfig:
             raise UserError(f"eps is {self.eps}: give a number above 0, such as 1e-3")
         if not (math.isfinite(self.lr) and self.lr >= 0):
             raise UserError(f"lr is {self.lr}: give a number of 0 or above, such as 3e-4")
+        if self.lr_decay not in DECAYS:
+            raise UserError(f"lr_decay {self.lr_decay!r}: choose {' or '.join(DECAYS)}")
+        if not 0 <= self.lr * self.weight_decay < 1:
+            raise UserError(
+                f"weight_decay is {self.weight_decay}: give a number of 0 or above, such as 0.01"
+            )
+        if self.lr_per_spread and self.weight_decay:
+            raise UserError("lr_per_spread has no weight decay: leave one of the two out")
         if not self.sync_seconds >= 0:
             raise UserError(f"sync_seconds is {self.sync_seconds}: give a number of 0 or above")
 
 
 def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
     """The configuration in a settings file from anywhere."""
-    types = get_type_hints(TrainConfig)
+    # A hint may have parameters, which isinstance does not take.
+    types = get_type_hints(TrainConfig) | {"layer": int | list | None}
     for name, value in values.items():
         # An int is a float in JSON.
         kind = types.get(name, ())

@@ -1,4 +1,4 @@
-"""What a run has made, in a form to hand on: the tuned layer, the whole model, or the journal."""
+"""What a run has made, in a form to hand on: what it tuned, the whole model, or the journal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dlzo.errors import UserError
 from dlzo.files import new_folder, parse_json_object
 from dlzo.models import load_model, parse_dtype
 from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
+from dlzo.target import describe
 
 Form = Literal["adapter", "model", "journal"]
 CARD_FILE = "README.md"
@@ -23,13 +24,13 @@ base_model: {base_model}
 tags: [dlzo, zeroth-order]
 ---
 
-# {base_model}, layer {layer} tuned on {task}
+# {base_model}, tuned on {task}
 
 {what}
 
-Decoder layer {layer} of {base_model} ({dtype}) was tuned on {task} by forward passes only: method
-{method}, lr {lr:g}, eps {eps:g}, batch size {batch_size}, seed {seed}. The weights are those after
-step {step}, which had the lowest validation loss.
+Tuned by forward passes only: {tuned} of {base_model} ({dtype}), on {task}; method {method}, lr
+{lr:g}, eps {eps:g}, batch size {batch_size}, seed {seed}. The weights are those after step {step},
+which had the lowest validation loss.
 
 {figures}
 
@@ -38,9 +39,9 @@ step {step}, which had the lowest validation loss.
 {use}
 """
 _WHAT = {
-    "adapter": "The tuned layer alone, as safetensors.",
-    "model": "The whole model with the tuned layer in it.",
-    "journal": "The steps of the run, from which the tuned layer is rebuilt bit for bit.",
+    "adapter": "What was tuned, alone, as safetensors.",
+    "model": "The whole model, tuned.",
+    "journal": "The steps of the run, from which the tuned weights are rebuilt bit for bit.",
 }
 _USE = {
     "adapter": """```python
@@ -57,12 +58,12 @@ dlzo replay {base_model} journal.zo --until {step} --out adapter
 
 
 def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
-    """Writes the best layer of a run, finished or not, with a model card, to a new folder.
+    """Writes the best weights of a run, finished or not, with a model card, to a new folder.
 
     Args:
         run: folder of the run.
         out: folder to make.
-        form: "adapter": the tuned layer, for `load_adapter`. "model": the whole model, by
+        form: "adapter": what was tuned, for `load_adapter`. "model": the whole model, by
             `save_pretrained`. "journal": the journal alone.
 
     Raises:
@@ -98,7 +99,11 @@ def _save_merged(run: Path, folder: Path) -> None:
 def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
     base = Path(config["base_model"])
     # The folder that a model lay in says nothing elsewhere.
-    fields = {**config, "base_model": base.name if base.exists() else config["base_model"]}
+    fields = {
+        **config,
+        "base_model": base.name if base.exists() else config["base_model"],
+        "tuned": describe(config["layers"], config["part"]),
+    }
     try:
         return _CARD.format(
             **fields, what=_WHAT[form], use=_USE[form].format(**fields), figures=_figures(run)

@@ -1,4 +1,4 @@
-"""The journal of a run: what rebuilds the tuned layer bit for bit; see docs/journal.md."""
+"""The journal of a run: what rebuilds the tuned weights bit for bit; see docs/journal.md."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dlzo.records import (
 )
 from dlzo.sampler import step_seed
 
-VERSION = 1
+VERSION = 2  # 1 names its one layer otherwise, and is read too
 MAX_HEADER = 1 << 20  # bytes
 _MAGIC = b"DLZOJRNL"
 _START = struct.Struct("<8sII")  # magic, version, bytes of the header
@@ -157,6 +157,7 @@ def create(path: Path, header: Header) -> None:
     """Writes a journal that has no records yet.
 
     Raises:
+        UserError: its header is too large.
         OSError: it cannot be written.
     """
     replace_file(path, lambda partial: partial.write_bytes(_start(header)[0]))
@@ -220,6 +221,11 @@ def _check_derivable(step: Step, reader: Reader) -> None:
 def _start(header: Header) -> tuple[bytes, int]:
     """The bytes before the first record, and the checksum after them."""
     text = encode_header(header)
+    if len(text) > MAX_HEADER:
+        raise UserError(
+            f"the run tunes {len(header.parameters):,} tensors, more than a journal's header has "
+            "room for: tune fewer layers"
+        )
     return _seal(_START.pack(_MAGIC, VERSION, len(text)) + text, 0)
 
 
@@ -238,9 +244,9 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[Header, tuple[int, int]]:
     if len(start) < _START.size:
         raise damaged
     _, version, size = _START.unpack(start)
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise UserError(
-            f"journal {str(path)!r} has format version {version} and this dlzo reads version "
+            f"journal {str(path)!r} has format version {version} and this dlzo reads up to "
             f"{VERSION}: use the dlzo that wrote it"
         )
     text = file.read(size) if size <= MAX_HEADER else b""
@@ -248,7 +254,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[Header, tuple[int, int]]:
     if len(text) != size or file.read(_CRC.size) != _CRC.pack(crc):
         raise damaged
     try:
-        header = decode_header(text)
+        header = decode_header(text, version)
     except ValueError as error:
         raise UserError(f"journal {str(path)!r} has an invalid header: {error}") from error
     return header, (_START.size + size + _CRC.size, crc)

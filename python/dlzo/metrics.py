@@ -45,7 +45,8 @@ class Metrics(TypedDict):
     model: str
     task: str
     method: str
-    layer: int
+    layers: list[int]
+    part: str
     steps: int
     batch_size: int
     directions: int

@@ -78,6 +78,28 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
+    """Names of the children of a decoder layer that are its "attention" and its "mlp".
+
+    By structure: of the children that hold matrices, the first is the attention, or what mixes
+    tokens in its stead, and all others are the MLP (in OPT two matrices by themselves).
+
+    Raises:
+        UserError: the layer has fewer than two such children.
+    """
+    first, *others = [
+        name
+        for name, child in layer.named_children()
+        if any(parameter.ndim >= 2 for parameter in child.parameters())
+    ] or [""]
+    if not others:
+        raise UserError(
+            f"{type(layer).__name__} has no attention and MLP that can be told apart: tune all of "
+            "the layer"
+        )
+    return {"attention": [first], "mlp": others}
+
+
 _in_use: WeakSet[nn.Module] = WeakSet()
 _guard = threading.Lock()
 

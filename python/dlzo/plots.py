@@ -13,6 +13,7 @@ from dlzo.files import replace_file
 from dlzo.metrics import Metrics
 from dlzo.probe import ProbeReport
 from dlzo.sensitivity import SensitivityReport
+from dlzo.target import describe
 
 FORMATS = (".png", ".svg")
 
@@ -115,7 +116,8 @@ def plot_history(metrics: Metrics, path: Path) -> None:
     panels[0].legend(frameon=False)
     panels[1].set_xlabel("step")
     panels[0].set_title(
-        f"{metrics['model']}: {metrics['task']}, layer {metrics['layer']}", loc="left"
+        f"{metrics['model']}: {metrics['task']}, {describe(metrics['layers'], metrics['part'])}",
+        loc="left",
     )
     _save(figure, path)
 

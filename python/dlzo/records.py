@@ -43,11 +43,11 @@ class Header:
         noise_version: of the noise contract.
         library_version: of the dlzo that wrote it.
         base_model: name or path of the base model.
-        base_fingerprint: `layer_fingerprint` of the layer before it was tuned.
+        base_fingerprint: `fingerprint` of the target before it was tuned.
         config_fingerprint: SHA-256 of the base model's configuration.
         data_fingerprint: SHA-256 of the examples.
         dtype: of the model, such as "bfloat16".
-        layer: index of the tuned decoder layer.
+        layers: indices of the tuned decoder layers, lowest first; none: the whole model is tuned.
         parameters: the tuned ones.
         directions: K, the projected gradients in each step.
         lr: learning rate; in a compact journal, of each step.
@@ -63,7 +63,7 @@ class Header:
     config_fingerprint: str
     data_fingerprint: str
     dtype: str
-    layer: int
+    layers: tuple[int, ...]
     parameters: tuple[Parameter, ...]
     directions: int
     lr: float
@@ -108,13 +108,15 @@ def encode_header(header: Header) -> bytes:
     return _json(asdict(header))
 
 
-def decode_header(text: bytes) -> Header:
-    """The header in a text from anywhere.
+def decode_header(text: bytes, version: int) -> Header:
+    """The header in a text from anywhere, of any format version from 1 on.
 
     Raises:
         ValueError: a field is missing, unknown, or of the wrong type or range.
     """
     values = parse_json_object(text)
+    if version == 1 and "layer" in values:
+        values["layers"] = [values.pop("layer")]
     types = {field.name: _JSON_TYPES[str(field.type)] for field in fields(Header)}
     if odd := sorted(values.keys() ^ types.keys()):
         raise ValueError(f"{'unknown' if odd[0] in values else 'missing'} field {odd[0][:60]!r}")
@@ -122,13 +124,16 @@ def decode_header(text: bytes) -> Header:
         if type(values[name]) is not kind:
             raise ValueError(f"{name} must be of type {kind.__name__}")
     header = Header(**values)
-    if not 0 <= header.seed < 1 << 63 or header.layer < 0:
-        raise ValueError("seed and layer must be at least 0, and seed below 2**63")
+    if not 0 <= header.seed < 1 << 63:
+        raise ValueError("seed must be at least 0 and below 2**63")
+    if not all(type(layer) is int and layer >= 0 for layer in header.layers):
+        raise ValueError("layers must be integers of at least 0")
     if not 1 <= header.directions < 1 << 16:
         raise ValueError("directions must be from 1 to 65535")
     if not (math.isfinite(header.lr) and header.lr >= 0):
         raise ValueError("lr must be finite and at least 0")
-    return replace(header, parameters=tuple(map(_decode_parameter, header.parameters)))
+    parameters = tuple(map(_decode_parameter, header.parameters))
+    return replace(header, layers=tuple(header.layers), parameters=parameters)
 
 
 _JSON_TYPES = {
@@ -137,6 +142,7 @@ _JSON_TYPES = {
     "str": str,
     "bool": bool,
     "dict[str, Any]": dict,
+    "tuple[int, ...]": list,
     "tuple[Parameter, ...]": list,
 }
 

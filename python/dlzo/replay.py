@@ -1,4 +1,4 @@
-"""Weights from a journal: the tuned layer, bit for bit, from the base model and recorded steps."""
+"""Weights from a journal: what was tuned, bit for bit, from the base model and recorded steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from dlzo.adapter import WEIGHTS_FILE, dtype_name, layer_fingerprint, layer_parameters, save_adapter
+from dlzo.adapter import WEIGHTS_FILE, dtype_name, save_adapter
 from dlzo.errors import UserError
 from dlzo.journal import Reader
-from dlzo.models import decoder_layers
 from dlzo.records import Header, Parameter, Step
+from dlzo.target import Target
 from dlzo_kernels import NOISE_VERSION, __version__, update_scales, zo_replay
+from dlzo_kernels.step import Layer
 
 _CHUNK = 1024  # updates in one pass over the weights
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype")
@@ -26,7 +26,7 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype")
 def replay(
     model: PreTrainedModel, journal: str | Path, out: str | Path, *, until: int | None = None
 ) -> Reader:
-    """Rebuilds the tuned layer in `model` and writes it as an adapter to the folder `out`.
+    """Rebuilds in `model` what the run tuned and writes it as an adapter to the folder `out`.
 
     Args:
         model: the base model of the run.
@@ -45,7 +45,7 @@ def replay(
     reader = Reader(path)
     if (folder / WEIGHTS_FILE).exists():
         raise UserError(f"{str(folder)!r} holds an adapter: choose another folder")
-    check_fits(reader, model)
+    target = fitting_target(reader, model)
     for _ in reader:
         pass
     until = reader.last if until is None else until
@@ -54,12 +54,12 @@ def replay(
             f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
         )
     header = reader.header
-    apply_steps(decoder_layers(model)[header.layer], islice(Reader(path).steps(), until))
+    steps = islice(Reader(path).steps(), until)
+    apply_steps(target.modules, steps, weight_decay=_weight_decay(reader))
     try:
         save_adapter(
             folder,
-            model,
-            header.layer,
+            target,
             base_fingerprint=header.base_fingerprint,
             info={**header.settings, "lr": header.lr, "seed": header.seed, "step": until},
         )
@@ -68,8 +68,17 @@ def replay(
     return reader
 
 
-def apply_steps(layer: nn.Module, steps: Iterable[Step]) -> None:
-    """Moves a layer, and its float32 master, by recorded steps: one pass over it per 1,024."""
+def apply_steps(layer: Layer, steps: Iterable[Step], *, weight_decay: float = 0.0) -> None:
+    """Moves a layer, and its float32 master, by recorded steps.
+
+    One pass over it per 1,024 updates, or with weight decay per step.
+    """
+    if weight_decay:
+        for step in steps:
+            if updates := list(_updates([step])):
+                keep = 1 - step.lr * weight_decay
+                zo_replay(layer, *zip(*updates, strict=True), keep=keep)
+        return
     updates = _updates(steps)
     while chunk := list(islice(updates, _CHUNK)):
         seeds, scales, queries = zip(*chunk, strict=True)
@@ -85,39 +94,51 @@ def _updates(steps: Iterable[Step]) -> Iterator[tuple[int, float, int]]:
                 yield step.seed, scale, query
 
 
-def base_fields(model: PreTrainedModel, layer_index: int) -> dict[str, Any]:
+def _weight_decay(reader: Reader) -> float:
+    """The weight decay of a run, whose settings may be from anywhere."""
+    header = reader.header
+    found = header.settings.get("weight_decay", 0.0)
+    if not isinstance(found, int | float) or not 0 <= header.lr * found < 1:
+        raise UserError(f"journal {str(reader.path)!r} has an invalid weight decay: do not use it")
+    return found
+
+
+def base_fields(target: Target) -> dict[str, Any]:
     """The fields of a journal's header that tell of the untuned model."""
-    layer = decoder_layers(model)[layer_index]
-    streams = {id(parameter): i for i, parameter in enumerate(layer.parameters())}
+    model = target.model
     return {
         "noise_version": NOISE_VERSION,
         "dtype": dtype_name(model),
-        "layer": layer_index,
+        "layers": target.layers,
         "parameters": tuple(
-            Parameter(name, str(p.dtype).removeprefix("torch."), tuple(p.shape), streams[id(p)])
-            for name, p in layer_parameters(model, layer_index).items()
+            Parameter(
+                name, str(p.dtype).removeprefix("torch."), tuple(p.shape), target.stream(name)
+            )
+            for name, p in target.parameters.items()
             if p.requires_grad
         ),
         "config_fingerprint": _config_fingerprint(model),
-        "base_fingerprint": layer_fingerprint(layer),
+        "base_fingerprint": target.fingerprint(),
         "base_model": model.name_or_path,
         "library_version": __version__,
     }
 
 
-def check_fits(reader: Reader, model: PreTrainedModel) -> None:
-    """Refuses a journal of another model, by what differs.
+def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
+    """What a journal tunes of a model; one of another model is refused, by what differs.
 
     Raises:
         UserError: it does not fit `model` as it is now.
     """
-    header, count = reader.header, len(decoder_layers(model))
-    if header.layer >= count:
+    header = reader.header
+    try:
+        target = Target(model, header.layers, header.settings.get("part", "all"))
+    except UserError as error:
         raise UserError(
-            f"journal {str(reader.path)!r} tunes layer {header.layer} and the model has {count} "
-            f"layers: load its base model, {header.base_model!r}"
-        )
-    found = base_fields(model, header.layer)
+            f"journal {str(reader.path)!r} does not fit the model ({error}): load its base model, "
+            f"{header.base_model!r}"
+        ) from error
+    found = base_fields(target)
     # Neither the name of the model nor the release of dlzo moves a bit.
     binding = {name: found[name] for name in found if name not in ("base_model", "library_version")}
     if differing := differences(header, binding):
@@ -125,6 +146,7 @@ def check_fits(reader: Reader, model: PreTrainedModel) -> None:
             f"journal {str(reader.path)!r} does not fit the model: {differing}; "
             f"load its base model, {header.base_model!r}, untuned and in {header.dtype}"
         )
+    return target
 
 
 def differences(header: Header, expected: Mapping[str, Any]) -> str:

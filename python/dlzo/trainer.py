@@ -1,4 +1,4 @@
-"""Zeroth-order fine-tuning of one decoder layer, by forward passes only."""
+"""Zeroth-order fine-tuning, by forward passes only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
-from dlzo.adapter import dtype_name, layer_fingerprint, save_adapter
+from dlzo.adapter import dtype_name, save_adapter
 from dlzo.config import TrainConfig, parse_config
-from dlzo.dominant import shares_examples, take_step
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
 from dlzo.journal import Reader, Writer, create
@@ -50,6 +47,8 @@ from dlzo.run import (
 )
 from dlzo.sampler import batch_indices
 from dlzo.scoring import PrefixCache, Scorer
+from dlzo.step import shares_examples, take_step
+from dlzo.target import Target
 from dlzo.tasks import Example, Split, fingerprint, get_task, load_splits
 
 _log = logging.getLogger("dlzo")
@@ -72,7 +71,7 @@ def train(
     overwrite: bool = False,
     on_progress: OnProgress = lambda entry: None,
 ) -> Metrics:
-    """Tunes one decoder layer; its journal, best weights and metrics go to the folder `out`.
+    """Tunes a model, or a part of it; the journal, best weights and metrics go to the folder `out`.
 
     However it ends, the model is left with the best weights so far. A run that was stopped, by
     Ctrl-C or worse, goes on with `resume`; what `overwrite` replaces stays in OUT.replaced until
@@ -96,9 +95,9 @@ def train(
     distributed.from_first_rank(lambda: check_free(out, overwrite))
     with sole_use(model):
         examples = _load_examples(config, data_dir)
-        layer = distributed.from_first_rank(lambda: _find_layer(model, tokenizer, config.layer))
-        config = replace(config, layer=layer)
-        run = _Run(model, tokenizer, config, examples, out)
+        layers = distributed.from_first_rank(lambda: _find_layers(model, tokenizer, config))
+        config = replace(config, layer=layers)
+        run = _Run(Target(model, layers, config.part), tokenizer, config, examples, out)
         untuned = run.evaluate_untuned()
         settings = {
             "model": absolute_name(model.name_or_path),
@@ -139,8 +138,8 @@ def resume(
             return metrics
         config = parse_config(settings["config"], out)
         examples = _load_examples(config, settings["data"])
-        config = replace(config, layer=_find_layer(model, tokenizer, config.layer))
-        run = _Run(model, tokenizer, config, examples, out)
+        target = Target(model, _find_layers(model, tokenizer, config), config.part)
+        run = _Run(target, tokenizer, config, examples, out)
         return run.complete(started, on_progress)
 
 
@@ -153,19 +152,20 @@ class _Run:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        target: Target,
         tokenizer: PreTrainedTokenizerBase,
         config: TrainConfig,
         examples: Mapping[Split, Sequence[Example]],
         out: Path,
     ) -> None:
-        self.model = model
+        self.target = target
+        self.model = model = target.model
         self.config = config
         self.out = out
-        self.layer: nn.Module = decoder_layers(model)[config.layer]
         self.task = get_task(config.task)
         cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
-        self.scorer = Scorer(model, tokenizer, self.layer, loss=self.task.loss, cache=cache)
+        layers = target.decoder_layers
+        self.scorer = Scorer(model, tokenizer, layers, loss=self.task.loss, cache=cache)
         # Without the cache, as in `evaluate`: the same bits.
         self.test_scorer = Scorer(model, tokenizer, loss=self.task.loss)
         drawn = examples["train"]
@@ -174,9 +174,9 @@ class _Run:
         self.train_set = self.scorer.encode(drawn)
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]
-        self.header = _header(base_fields(model, config.layer), config, fingerprint(examples))
+        self.header = _header(base_fields(target), config, fingerprint(examples))
         self.progress = Progress()
-        self.best_weights = self._weights()
+        self.best_weights = target.weights()
         self.step_ms = array("d")
 
     def evaluate_untuned(self) -> Evaluation:
@@ -206,7 +206,7 @@ class _Run:
                 if not self._is_validated(self.config.steps):
                     self._cache_prefixes()
                 self._do_steps(on_progress)
-                self._restore_best()
+                self.target.restore(self.best_weights)
                 if self.progress.test is None:
                     self._record(Event(self.config.steps, "test", self._evaluate_test()))
             return distributed.from_first_rank(lambda: self._finish(started))
@@ -216,7 +216,7 @@ class _Run:
                 f"`dlzo train --resume {self.out}`"
             ) from error
         finally:
-            self._restore_best()
+            self.target.restore(self.best_weights)
 
     def _open_journal(self, stack: ExitStack) -> Iterable[Record]:
         """Opens the journal of the run, a new one if there is none; its records so far."""
@@ -224,9 +224,12 @@ class _Run:
         if not path.exists():
             create(path, self.header)
         reader = Reader(path)
-        # Another release of dlzo may go on with the run: its noise is checked by its version.
-        expected = vars(replace(self.header, library_version=reader.header.library_version))
-        if differing := differences(reader.header, expected):
+        # Another release of dlzo may go on with the run: its noise is checked by its version, and
+        # a setting that the first one did not know is the default.
+        settings = _settings(TrainConfig(self.config.task)) | reader.header.settings
+        found = replace(reader.header, settings=settings)
+        expected = vars(replace(self.header, library_version=found.library_version))
+        if differing := differences(found, expected):
             raise UserError(
                 f"journal {str(path)!r} is of another model or other data than there are now: "
                 f"{differing}; restore them or start the run again"
@@ -251,9 +254,12 @@ class _Run:
             )
         steps = (record for record in records if isinstance(record, Step))
         if progress.best is not None:
-            apply_steps(self.layer, islice(steps, progress.best["step"]))
+            self._apply(islice(steps, progress.best["step"]))
             self._keep_as_best()
-        apply_steps(self.layer, steps)
+        self._apply(steps)
+
+    def _apply(self, steps: Iterable[Step]) -> None:
+        apply_steps(self.target.modules, steps, weight_decay=self.config.weight_decay)
 
     def _record(self, record: Record) -> None:
         if distributed.rank() == 0:
@@ -282,7 +288,7 @@ class _Run:
         started = time.perf_counter()
         # In a journal the untuned model's loss is finite.
         max_loss = EXPLODED * max(1.0, loss_of(self.progress.untuned))
-        self._record(take_step(self.scorer, batch, config, step, max_loss))
+        self._record(take_step(self.target, self.scorer, batch, config, step, max_loss))
         self.step_ms.append(1e3 * (time.perf_counter() - started))
 
     def _evaluate_test(self) -> Evaluation:
@@ -317,9 +323,7 @@ class _Run:
 
     def _validate(self) -> None:
         step = self.progress.step
-        distributed.check_equal(
-            lambda: layer_fingerprint(self.layer), f"the layer after step {step}"
-        )
+        distributed.check_equal(self.target.fingerprint, f"the weights after step {step}")
         found = score(self.scorer, self.task, self.validation_set)
         self._record(Event(step, "validation", found))
         if self.progress.best["step"] == step:
@@ -327,14 +331,13 @@ class _Run:
 
     def _keep_as_best(self) -> None:
         """Keeps the weights as they are now, in memory and as the adapter in the folder."""
-        self.best_weights = self._weights()
+        self.best_weights = self.target.weights()
         if distributed.rank() != 0:
             return
         config = self.config
         save_adapter(
             self.out,
-            self.model,
-            config.layer,
+            self.target,
             base_fingerprint=self.header.base_fingerprint,
             info={
                 "task": config.task,
@@ -347,14 +350,6 @@ class _Run:
             },
         )
 
-    def _restore_best(self) -> None:
-        with torch.no_grad():
-            for parameter, weights in zip(self.layer.parameters(), self.best_weights, strict=True):
-                parameter.copy_(weights)
-
-    def _weights(self) -> list[torch.Tensor]:
-        return [parameter.detach().clone() for parameter in self.layer.parameters()]
-
     def _digest(self) -> str:
         """SHA-256 of the run's header, but for the path of the model."""
         return hashlib.sha256(encode_header(replace(self.header, base_model=""))).hexdigest()
@@ -366,7 +361,8 @@ class _Run:
             model=self.model.name_or_path,
             task=config.task,
             method=config.method,
-            layer=config.layer,
+            layers=list(self.target.layers),
+            part=config.part,
             steps=config.steps,
             batch_size=config.batch_size,
             directions=config.directions,
@@ -398,16 +394,20 @@ def _finished(out: Path) -> Metrics | None:
 
 
 def _header(base: Mapping[str, Any], config: TrainConfig, data_fingerprint: str) -> Header:
-    settings = asdict(config)
-    del settings["layer"]
     return Header(
         **base,
         data_fingerprint=data_fingerprint,
-        directions=settings.pop("directions"),
-        lr=float(settings.pop("lr")),
-        seed=settings.pop("seed"),
-        settings=settings,
+        directions=config.directions,
+        lr=float(config.lr),
+        seed=config.seed,
+        settings=_settings(config),
     )
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that have no field of their own in a header."""
+    own = ("layer", "directions", "lr", "seed")
+    return {name: value for name, value in asdict(config).items() if name not in own}
 
 
 def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, list[Example]]:
@@ -420,18 +420,16 @@ def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, lis
     return examples
 
 
-def _find_layer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int | None
-) -> int:
-    count = len(decoder_layers(model))
-    if layer is None:
-        decision = probe(model, tokenizer).decision
-        if decision.layer is None:
-            raise UserError(
-                f"the probe finds no dominant layer in {model.name_or_path!r} "
-                f"({decision.verdict}): choose one of its {count} with --layer"
-            )
-        return decision.layer
-    if not 0 <= layer < count:
-        raise UserError(f"layer is {layer}: the model has layers 0 to {count - 1}")
-    return layer
+def _find_layers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> tuple[int, ...]:
+    """The layers to tune: those given, or the dominant one; none for all parameters."""
+    if config.layers or config.method == "mezo":
+        return config.layers
+    decision = probe(model, tokenizer).decision
+    if decision.layer is None:
+        raise UserError(
+            f"the probe finds no dominant layer in {model.name_or_path!r} ({decision.verdict}): "
+            f"choose one of its {len(decoder_layers(model))} with --layer"
+        )
+    return (decision.layer,)

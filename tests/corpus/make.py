@@ -1,6 +1,6 @@
 """Writes the whole files that the fuzzers garble: python tests/corpus/make.py (see tests/fuzz.py).
 
-The broken ones beside them were found by benchmarks/reliability.py.
+The broken ones beside them were found by benchmarks/reliability.py; whole-v1 is of older format.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def main() -> None:
     settings = {"version": 1, "model": "tiny", "dtype": "bfloat16", "data": "data"}
     config = asdict(TrainConfig("sst2", layer=1))
     (whole / "run.json").write_text(json.dumps(settings | {"config": config}, indent=2) + "\n")
-    adapter = {"version": 2, "base_model": "tiny", "base_fingerprint": "", "dtype": "bfloat16"}
+    adapter = {"version": 3, "base_model": "tiny", "base_fingerprint": "", "dtype": "bfloat16"}
     save_file(
         {"w": torch.ones(2)},
         whole / "adapter_model.safetensors",
-        {"dlzo-layer": json.dumps(adapter | {"layer": 1})},
+        {"dlzo-layer": json.dumps(adapter | {"layers": [1], "part": "all"})},
     )
 
 

@@ -116,18 +116,18 @@ class Plan:
 
 
 class Scorer:
-    """Scores examples with a causal language model, under any number of states of one layer.
+    """Scores examples with a causal language model, under any number of states of its weights.
 
     Where the architecture allows, the sequences of a batch lie end to end in one row, as trees of
     shared prefixes, with no padding; else in rows of their own, padded on the right, where a causal
-    model never sees the padding. What lies below the tuned layer runs once for all states, or comes
-    from a cache; what lies above runs on all states side by side. What an architecture allows is
-    found by scoring a few tokens both ways.
+    model never sees the padding. What lies below the tuned layer, or the lowest of several, runs
+    once for all states, or comes from a cache; what lies above a single one runs on all states side
+    by side. What an architecture allows is found by scoring a few tokens both ways.
 
     Args:
         model: Any decoder-only transformers model; it is set to evaluation mode.
         tokenizer: Its tokenizer.
-        layer: The tuned decoder layer; None where only the model as it is gets scored.
+        layer: The tuned decoder layer, or several; with none a state may change any weight.
         loss: "options": cross-entropy over the options' mean log-probabilities; "gold": mean
             cross-entropy over the tokens of all gold options (MeZO, arXiv 2305.17333).
         cache: Keeps the tuned layer's inputs; filled by `cache_prefixes`.
@@ -138,7 +138,7 @@ class Scorer:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        layer: nn.Module | None = None,
+        layer: nn.Module | Sequence[nn.Module] = (),
         *,
         loss: TrainingLoss = "options",
         cache: PrefixCache | None = None,
@@ -146,7 +146,8 @@ class Scorer:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.layer = layer
+        self.layers = [layer] if isinstance(layer, nn.Module) else list(layer)
+        self.layer = self._lowest_layer()
         self.loss = loss
         self.row_tokens = row_tokens
         self.max_length = max_length(model)
@@ -157,7 +158,8 @@ class Scorer:
         self._turn = _turns.setdefault(model, threading.RLock())
         self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
         self._head = model.get_output_embeddings()
-        self._frozen = FrozenWeights(model, layer)
+        self._takes_input = False
+        self._frozen = FrozenWeights(model, self.layer)
         self._below: dict[nn.Module, tuple[None, ...] | None] = {}
         self._find_what_is_allowed(cache)
 
@@ -263,7 +265,7 @@ class Scorer:
         if self.states_problem is None:
             yield "tuned layer under each state; above it the states side by side"
         else:
-            yield f"a whole forward for each state: {self.states_problem}"
+            yield f"one state after the other: {self.states_problem}"
         if self.cache_problem is None:
             yield f"layers below the tuned one: from the cache for {cached} sequences, else once"
         else:
@@ -274,11 +276,11 @@ class Scorer:
         """`scores`; if not `normalised`, less a constant for each example and state."""
         with self._turn:
             cache = self._bound_cache()
-            parts = [
-                self._log_probs(pack, readout, states, normalised, self._cached_input(pack, cache))
-                for pack, readout in zip(plan.packs, plan.readouts, strict=True)
-            ]
-        log_probs = torch.cat(parts, dim=-1)
+            if states and (self.layer is None or self.states_problem is not None):
+                log_probs = self._one_after_the_other(plan, states, normalised, cache)
+            else:
+                inputs = (self._cached_input(pack, cache) for pack in plan.packs)
+                log_probs = self._log_probs(plan, states, normalised, inputs)
         option = torch.cat([readout.option for readout in plan.readouts])
         option_count = sum(len(example.options) for example in plan.batch)
         sums = log_probs.new_zeros(len(log_probs), option_count).index_add_(1, option, log_probs)
@@ -289,7 +291,42 @@ class Scorer:
         scores[:, present] = means
         return scores
 
+    def _one_after_the_other(
+        self,
+        plan: Plan,
+        states: Sequence[State],
+        normalised: bool,
+        cache: PrefixCache | None,
+    ) -> Tensor:
+        """`_log_probs` with each state entered once, and the lowest layer's input shared by all."""
+        inputs = [self._cached_input(pack, cache) for pack in plan.packs]
+        if self._takes_input:
+            inputs = [
+                self._layer_input(pack) if hidden is None else hidden
+                for pack, hidden in zip(plan.packs, inputs, strict=True)
+            ]
+        each = []
+        for state in states:
+            with state():
+                each.append(self._log_probs(plan, (), normalised, inputs))
+        return torch.cat(each)
+
     def _log_probs(
+        self,
+        plan: Plan,
+        states: Sequence[State],
+        normalised: bool,
+        inputs: Iterable[Tensor | None],
+    ) -> Tensor:
+        """Log-probabilities of the scored tokens on the CPU: shape (states, scored tokens).
+
+        `inputs` has what the lowest tuned layer sees in each pack, None where it is computed.
+        """
+        parts = zip(plan.packs, plan.readouts, inputs, strict=True)
+        each = [self._pack_log_probs(*part[:2], states, normalised, part[2]) for part in parts]
+        return torch.cat(each, dim=-1)
+
+    def _pack_log_probs(
         self,
         pack: Pack,
         readout: _Readout,
@@ -297,10 +334,6 @@ class Scorer:
         normalised: bool,
         hidden: Tensor | None,
     ) -> Tensor:
-        """Log-probabilities of the scored tokens on the CPU: shape (states, scored tokens)."""
-        if len(states) > 1 and self.states_problem is not None:
-            each = [self._log_probs(pack, readout, [s], normalised, hidden) for s in states]
-            return torch.cat(each)
         # Without the normaliser, the option tokens' rows of the output embeddings are enough.
         restricted = not normalised and isinstance(self._head, nn.Linear)
         vocabulary, column = readout.target.unique(return_inverse=True)
@@ -399,16 +432,16 @@ class Scorer:
         self.trees_problem = self._problem(best, (), expected) or self._leak()
         if self.layer is None:
             return
-        if not any(module is self.layer for module in self.model.modules()):
-            raise UserError(
-                f"the tuned layer is a {type(self.layer).__name__} outside the model: give one of "
-                "its decoder layers"
-            )
         best = _plan(batch, self._lay_out({first, second}))
-        self.states_problem = self._problem(best, (nullcontext, nullcontext), expected)
-        if cache is not None:
-            self.cache_problem = self._find_whether_to_cache(best, expected)
-            self.cache = cache if self.cache_problem is None else None
+        if len(self.layers) > 1:
+            self.states_problem = f"{len(self.layers)} layers are tuned"
+        else:
+            self.states_problem = self._problem(best, (nullcontext, nullcontext), expected)
+        if cache is not None or self.states_problem is not None:
+            problem = self._find_whether_it_takes_an_input(best, expected)
+            self._takes_input = problem is None
+            self.cache = cache if problem is None else None
+            self.cache_problem = problem if cache is not None else self.cache_problem
 
     def _leak(self) -> str | None:
         """Whether a tree sees another one: then its bits change with the other's."""
@@ -422,8 +455,19 @@ class Scorer:
         same = torch.equal(*scores)
         return None if same else f"{type(self.model).__name__} lets packed texts see each other"
 
-    def _find_whether_to_cache(self, plan: Plan, expected: Tensor) -> str | None:
-        """Why the tuned layer's input cannot come from a cache; None if it can."""
+    def _lowest_layer(self) -> nn.Module | None:
+        several = len(self.layers) > 1
+        known = list(decoder_layers(self.model) if several else self.model.modules())
+        for layer in self.layers:
+            if layer not in known:
+                raise UserError(
+                    f"the tuned layer is a {type(layer).__name__} outside the model: give one of "
+                    "its decoder layers"
+                )
+        return min(self.layers, key=known.index, default=None)
+
+    def _find_whether_it_takes_an_input(self, plan: Plan, expected: Tensor) -> str | None:
+        """Why the tuned layer's input cannot be given, as from a cache; None if it can."""
         layers = list(decoder_layers(self.model))
         below = layers[: layers.index(self.layer)] if self.layer in layers else []
         if not below:

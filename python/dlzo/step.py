@@ -1,29 +1,34 @@
-"""The method "dominant": two-point zeroth-order steps on one decoder layer."""
+"""A step of a run: both losses of each direction over a batch, and the move along it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from statistics import stdev
 
 from dlzo import distributed
 from dlzo.config import TrainConfig
 from dlzo.records import Step
 from dlzo.sampler import step_seed
 from dlzo.scoring import EncodedExample, Scorer
+from dlzo.target import Target
 from dlzo_kernels import ZOStep, zo_step
 
 
 def take_step(
+    target: Target,
     scorer: Scorer,
     batch: Sequence[EncodedExample],
     config: TrainConfig,
     number: int,
     max_loss: float,
 ) -> Step:
-    """Moves the scorer's layer by one step, or leaves it where a loss is above `max_loss`.
+    """Moves the target by one step, or leaves it where it is if a loss is above `max_loss`.
 
     Args:
-        scorer: of the tuned layer.
+        target: what is tuned.
+        scorer: of its layers.
         batch: what all ranks score together.
         config: of the run.
         number: of the step, from 1.
@@ -32,11 +37,26 @@ def take_step(
     Returns:
         The step's record, the same on all ranks.
     """
-    seed = step_seed(config.seed, number)
-    step = zo_step(scorer.layer, seed, config.eps, config.lr, directions=config.directions)
+    seed, lr = step_seed(config.seed, number), config.lr_at(number)
+    step = zo_step(
+        target.modules,
+        seed,
+        config.eps,
+        lr,
+        directions=config.directions,
+        weight_decay=config.weight_decay,
+    )
     losses = _losses(scorer, step, batch, config.directions)
-    result = step.update(losses[::2], losses[1::2], max_loss=max_loss)
-    return Step(number, seed, config.lr, result.projected_grads, tuple(losses), result.applied)
+    if config.lr_per_spread:
+        lr = _per_spread(lr, losses)
+    result = step.update(losses[::2], losses[1::2], max_loss=max_loss, lr=lr)
+    return Step(number, seed, lr, result.projected_grads, tuple(losses), result.applied)
+
+
+def _per_spread(lr: float, losses: Sequence[float]) -> float:
+    """lr / std(losses); lr where the losses are equal or not finite, for then nothing moves."""
+    spread = stdev(losses) if all(map(math.isfinite, losses)) else 0.0
+    return lr / spread if spread > 0 else lr
 
 
 def shares_examples(directions: int) -> bool:

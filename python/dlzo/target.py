@@ -1,0 +1,115 @@
+"""What a run tunes: decoder layers, the attention or the MLP of these, or the whole model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dlzo.config import PARTS
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers, layer_parts
+
+
+@dataclass(frozen=True)
+class Target:
+    """The parameters of a model that a run tunes.
+
+    Attributes:
+        model: all of it.
+        layers: indices of the tuned decoder layers, lowest first; none: the whole model is tuned,
+            embeddings and output embeddings too.
+        part: what of these layers: "all", "attention" or "mlp".
+
+    Raises:
+        UserError: the model has no such layer, or the layer no such part.
+    """
+
+    model: PreTrainedModel
+    layers: tuple[int, ...]
+    part: str = "all"
+
+    def __post_init__(self) -> None:
+        count = len(decoder_layers(self.model))
+        for layer in self.layers:
+            if not 0 <= layer < count:
+                raise UserError(f"layer is {layer}: the model has layers 0 to {count - 1}")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise UserError(f"layers are {self.layers}: give each once, the lowest first")
+        if self.part not in PARTS:
+            raise UserError(f"part is {self.part!r}: choose {', '.join(PARTS)}")
+        if self.part != "all" and not self.layers:
+            raise UserError(f"part is {self.part!r}: only decoder layers have it, name one")
+        _ = self.modules
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The decoder layers that are tuned, in part or in whole."""
+        layers = decoder_layers(self.model)
+        return [layers[i] for i in self.layers]
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """What holds the tuned parameters; their streams of noise are numbered through it."""
+        if not self.layers:
+            return [self.model]
+        if self.part == "all":
+            return self.decoder_layers
+        return [
+            layer.get_submodule(name)
+            for layer in self.decoder_layers
+            for name in layer_parts(layer)[self.part]
+        ]
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by their full names in the model, frozen ones too."""
+        return {name: p for name, p in self.model.named_parameters() if id(p) in self._streams}
+
+    def stream(self, name: str) -> int:
+        """The stream of noise of the parameter of that name."""
+        return self._streams[id(self.parameters[name])]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as they are now."""
+        return weights_fingerprint(self.modules)
+
+    def weights(self) -> list[torch.Tensor]:
+        """A copy of the weights as they are now."""
+        return [parameter.detach().clone() for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def restore(self, weights: Iterable[torch.Tensor]) -> None:
+        """Makes the weights those of a copy."""
+        for parameter, kept in zip(self.parameters.values(), weights, strict=True):
+            parameter.copy_(kept)
+
+    @cached_property
+    def _streams(self) -> dict[int, int]:
+        own = dict.fromkeys(id(p) for module in self.modules for p in module.parameters())
+        return {parameter: i for i, parameter in enumerate(own)}
+
+
+def describe(layers: Sequence[int], part: str) -> str:
+    """What is tuned, in words: "layer 11", "the MLP of layers 5 and 11"."""
+    if not layers:
+        return "all parameters"
+    numbers = " and ".join(filter(None, (", ".join(map(str, layers[:-1])), str(layers[-1]))))
+    which = f"layer{'s' if len(layers) > 1 else ''} {numbers}"
+    return which if part == "all" else f"the {'MLP' if part == 'mlp' else part} of {which}"
+
+
+def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of the parameters of modules."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            tensor = parameter.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""What changes the size of a step: decaying lr, lr by the spread of the losses, weight decay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from statistics import stdev
+
+import pytest
+import torch
+
+from dlzo import trainer
+from dlzo.errors import UserError
+from dlzo.journal import Reader, compact, create
+from dlzo.replay import replay
+from dlzo.trainer import resume, train
+from runs import CONFIG, TOKENIZER, result, same, state, write_data
+from tiny import tiny_model
+
+SHORT = replace(CONFIG, steps=6, eval_every=2)
+OPTIONS = {
+    "linear": {"lr_decay": "linear"},
+    "cosine": {"lr_decay": "cosine", "directions": 2},
+    "spread": {"lr_per_spread": True, "directions": 3, "lr": 3e-5},
+    "spread of two": {"lr_per_spread": True, "lr_decay": "linear", "lr": 3e-5},
+    "weight decay": {"weight_decay": 0.5},
+    "both decay": {"weight_decay": 0.5, "lr_decay": "linear", "directions": 2},
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replay_and_resume_give_the_bits_of_the_run(data, tmp_path, name, dtype):
+    config = replace(SHORT, **OPTIONS[name])
+    model, states = tiny_model(dtype=dtype), []
+
+    def stop(entry):
+        if entry["step"] == 3:
+            raise KeyboardInterrupt
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(
+        model,
+        TOKENIZER,
+        config,
+        data,
+        whole,
+        on_progress=lambda entry: states.append(state(model)),
+    )
+    for until in (3, 6):
+        replayed = tiny_model(dtype=dtype)
+        replay(replayed, whole / "journal.zo", tmp_path / f"rebuilt-{until}", until=until)
+        assert same(state(replayed), states[until])
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(dtype=dtype), TOKENIZER, config, data, out, on_progress=stop)
+    resume(tiny_model(dtype=dtype), TOKENIZER, out)
+    assert result(out) == result(whole)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "constant"])
+def test_the_journal_has_the_lr_of_each_step(data, tmp_path, name):
+    config = replace(SHORT, **OPTIONS.get(name, {}))
+    train(tiny_model(), TOKENIZER, config, data, tmp_path / "out")
+    factors = {
+        "none": [1.0] * 6,
+        "linear": [1 - n / 6 for n in range(6)],
+        "cosine": [(1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)],
+    }[config.lr_decay]
+    for step, factor in zip(Reader(tmp_path / "out" / "journal.zo").steps(), factors, strict=True):
+        spread = stdev(step.losses) if config.lr_per_spread else 1.0
+        assert step.lr == pytest.approx(config.lr * factor / spread, rel=1e-12)
+
+
+def test_a_compact_journal_takes_weight_decay_but_no_lr_of_its_own(data, tmp_path):
+    states = []
+    model, replayed = tiny_model(), tiny_model()
+    train(
+        model,
+        TOKENIZER,
+        replace(SHORT, weight_decay=0.5),
+        data,
+        tmp_path / "decay",
+        on_progress=lambda entry: states.append(state(model)),
+    )
+    compact(tmp_path / "decay" / "journal.zo", tmp_path / "small.zo")
+    replay(replayed, tmp_path / "small.zo", tmp_path / "rebuilt")
+    assert same(state(replayed), states[-1])
+    train(tiny_model(), TOKENIZER, replace(SHORT, lr_decay="linear"), data, tmp_path / "linear")
+    with pytest.raises(UserError, match="lr of its own"):
+        compact(tmp_path / "linear" / "journal.zo", tmp_path / "smaller.zo")
+
+
+@pytest.mark.parametrize("losses", [[0.5, 0.5], [0.5, math.nan]])
+def test_losses_without_a_spread_leave_lr_and_weights(data, tmp_path, monkeypatch, losses):
+    monkeypatch.setattr(trainer.Scorer, "loss_sums", lambda *_: (losses, 1))
+    model = tiny_model()
+    before = state(model)
+    train(model, TOKENIZER, replace(SHORT, lr_per_spread=True), data, tmp_path / "out")
+    steps = list(Reader(tmp_path / "out" / "journal.zo").steps())
+    assert [step.lr for step in steps] == [SHORT.lr] * 6
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, -1, 1e9])
+def test_a_weight_decay_from_a_stranger_is_checked(data, tmp_path, value):
+    train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
+    header = Reader(tmp_path / "out" / "journal.zo").header
+    forged = replace(header, settings=header.settings | {"weight_decay": value})
+    create(tmp_path / "forged.zo", forged)
+    with pytest.raises(UserError, match="weight decay"):
+        replay(tiny_model(), tmp_path / "forged.zo", tmp_path / "rebuilt")
