@@ -134,7 +134,7 @@ BAD = {
     "plot": (["probe", "MODEL", "--plot", "x.gif"], ".gif"),
     "json": (["probe", "MODEL", "--json", "no/where/x.json"], "no/where/x.json"),
     "task": (["eval", "MODEL", "--task", "sst9", "--data", "DATA"], "'sst9'"),
-    "layers": (
+    "sensitivity layers": (
         ["sensitivity", "MODEL", "--task", "sst2", "--data", "DATA", "--layers", "1-x"],
         "'1-x'",
     ),
