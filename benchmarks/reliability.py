@@ -37,7 +37,7 @@ from dlzo.files import replace_file  # noqa: E402
 from dlzo.journal import Reader, compact  # noqa: E402
 from dlzo.metrics import HistoryEntry  # noqa: E402
 from dlzo.models import decoder_layers  # noqa: E402
-from dlzo.replay import apply_steps  # noqa: E402
+from dlzo.rule import rule_of  # noqa: E402
 from dlzo.trainer import resume, train  # noqa: E402
 from fuzz import CORPUS, mutants, outcome  # noqa: E402
 from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, write_data  # noqa: E402
@@ -202,7 +202,7 @@ def long(steps: int, dtype: torch.dtype, work: Path) -> dict[str, Any]:
     compact(journal, small)
     for path in (journal, small):
         replayed = decoder_layers(tiny_model(dtype=dtype))[CONFIG.layer]
-        apply_steps(replayed, Reader(path).steps())
+        rule_of(config).replay(replayed, Reader(path).steps())
         assert all(map(torch.equal, live, replayed.parameters())), path
     return {
         "steps": steps,

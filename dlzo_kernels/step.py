@@ -278,7 +278,10 @@ class ZOStep:
         with _uninterrupted():
             for t in self._tuned:
                 t.entry.perturbed = True
-            perturb_layer(self._operands, self._seed, scale, direction)
+            self._perturb(scale, direction)
+
+    def _perturb(self, scale: float, direction: int) -> None:
+        perturb_layer(self._operands, self._seed, scale, direction)
 
     def _restore(self) -> None:
         _accumulate(self._tuned, [], [], [])
@@ -302,11 +305,13 @@ class ZOStep:
         )
         # A product of zero and z could still turn -0.0 into 0.0.
         if applied and any(scales):
-            keep = 1 - self._lr * self._weight_decay
-            _accumulate(self._tuned, self._seeds(), scales, range(len(scales)), keep=keep)
+            self._move(scales, 1 - self._lr * self._weight_decay)
         else:
             self._restore()
         return StepResult([*plus, *minus, *grads, applied])
+
+    def _move(self, scales: Sequence[float], keep: float) -> None:
+        _accumulate(self._tuned, self._seeds(), scales, range(len(scales)), keep=keep)
 
     def _finish_on(
         self, device: torch.device, plus: Tensor, minus: Tensor, max_loss: float

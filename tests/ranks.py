@@ -27,13 +27,14 @@ from dlzo.metrics import HistoryEntry
 from dlzo.models import decoder_layers
 from dlzo.scoring import PrefixCache
 from dlzo.trainer import resume, train
-from dlzo_kernels import zo_replay, zo_step
+from dlzo_kernels import LowRankStep, zo_replay, zo_step
 from runs import CONFIG, TOKENIZER
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
 TARGETS = {
     "parts": {"layer": (1, 3), "part": "mlp"},
+    "low rank": {"method": "lozo", "layer": None, "lr": 1e-3, "interval": 4},
     "all parameters": {"method": "mezo", "layer": None, "lr": 1e-3, "directions": 2},
 }
 
@@ -152,6 +153,7 @@ def dying(folder: Path) -> None:
 def sharded(folder: Path) -> None:
     """Steps on a layer of DTensors against the same steps on the whole layer, to the last bit."""
     mesh = init_device_mesh("cpu", (size(),))
+    low_rank = {"seed": 1, "eps": 1e-2, "lr": 1e-2, "rank": 1, "v_seed": 2}
     for dtype in (torch.float32, torch.bfloat16):
         whole, shards = (decoder_layers(tiny_model(dtype=dtype))[1] for _ in range(2))
         for i, (name, parameter) in enumerate(list(shards.named_parameters())):
@@ -169,6 +171,8 @@ def sharded(folder: Path) -> None:
         for layer in (whole, shards):
             zo_replay(layer, [1, 2], [0.1, -0.2], [0, 1])
         assert_equal(whole, shards)
+    with pytest.raises(ValueError, match="low-rank directions need plain"):
+        LowRankStep(distribute_tensor(torch.ones(6, 6), mesh, [Shard(0)]), **low_rank)
     for placement, says in ((Shard(1), "middle dimension"), (Partial(), "only shards")):
         with pytest.raises(ValueError, match=says):
             zo_step(DTensor.from_local(torch.ones(2, 3, 4), mesh, [placement]), 0, 1e-2, 1e-2)

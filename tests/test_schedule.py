@@ -13,6 +13,7 @@ from dlzo import trainer
 from dlzo.errors import UserError
 from dlzo.journal import Reader, compact, create
 from dlzo.replay import replay
+from dlzo.rule import Rule
 from dlzo.trainer import resume, train
 from runs import CONFIG, TOKENIZER, result, same, state, write_data
 from tiny import tiny_model
@@ -106,11 +107,32 @@ def test_losses_without_a_spread_leave_lr_and_weights(data, tmp_path, monkeypatc
     assert same(state(model), before)
 
 
-@pytest.mark.parametrize("value", ["0.1", None, -1, 1e9])
-def test_a_weight_decay_from_a_stranger_is_checked(data, tmp_path, value):
-    train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("weight_decay", value) for value in ("0.1", None, -1, 1e9)),
+        *(("rank", value) for value in ("2", None, True, 0, 1025)),
+        *(("interval", value) for value in (2.0, None, 0)),
+    ],
+)
+def test_settings_of_a_stranger_are_checked(data, tmp_path, name, value):
+    config = replace(SHORT, method="lozo", steps=1)
+    train(tiny_model(), TOKENIZER, config, data, tmp_path / "out")
     header = Reader(tmp_path / "out" / "journal.zo").header
-    forged = replace(header, settings=header.settings | {"weight_decay": value})
+    forged = replace(header, settings=header.settings | {name: value})
     create(tmp_path / "forged.zo", forged)
-    with pytest.raises(UserError, match="weight decay"):
+    with pytest.raises(UserError, match=f"invalid {name}"):
         replay(tiny_model(), tmp_path / "forged.zo", tmp_path / "rebuilt")
+
+
+def test_the_subspace_stays_for_an_interval():
+    rule, w = Rule(seed=7, rank=1, interval=3), torch.zeros(5, 4)
+    spans = []
+    for number in range(1, 8):
+        _, step = rule.begin([w], number, 1.0, 1.0, 1)
+        with step.plus():
+            spans.append(w[0] / w[0].norm())
+    for number, span in enumerate(spans):
+        first = spans[number - number % 3]
+        assert abs(float(span @ first)) == pytest.approx(1, abs=1e-6)
+    assert abs(float(spans[0] @ spans[3])) < 0.99 and abs(float(spans[3] @ spans[6])) < 0.99

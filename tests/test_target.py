@@ -33,6 +33,14 @@ TARGETS = {
         {"layer": (0, 2), "part": "attention"},
         (f"{LAYERS}0.self_attn.", f"{LAYERS}2.self_attn."),
     ),
+    "low rank": (
+        {"method": "lozo", "layer": (0, 3), "interval": 4, "weight_decay": 0.1},
+        (f"{LAYERS}0.", f"{LAYERS}3."),
+    ),
+    "low rank of all": (
+        {"method": "lozo", "layer": None, "rank": 1, "interval": 4, "lr": 1e-3},
+        ("model.embed_tokens.", "model.norm.", "lm_head.", *(f"{LAYERS}{i}." for i in range(4))),
+    ),
     "all parameters": (
         {"method": "mezo", "layer": None, "lr": 1e-3},
         ("model.embed_tokens.", "model.norm.", "lm_head.", *(f"{LAYERS}{i}." for i in range(4))),

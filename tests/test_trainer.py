@@ -194,7 +194,12 @@ def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):
     ("change", "says"),
     [
         ({"method": "lora"}, "'lora'.*dominant"),
-        ({"method": "mezo"}, "leave out layer and part"),
+        ({"method": "mezo"}, "leave out layer"),
+        ({"method": "mezo", "layer": None, "part": "mlp"}, "'mlp' of all parameters"),
+        ({"method": "lozo", "layer": None, "part": "mlp"}, "'mlp' of all parameters"),
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 1025}, "rank is 1025"),
+        ({"interval": 0}, "interval is 0"),
         ({"part": "head"}, "'head'.*attention"),
         ({"layer": [1, "2"]}, "give one number, or a few"),
         ({"lr_decay": "exponential"}, "lr_decay 'exponential'.*cosine"),

@@ -138,7 +138,7 @@ def train_command(
     data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     method: Annotated[
-        str, typer.Option(help="dominant, or mezo for all parameters.")
+        str, typer.Option(help="dominant; mezo, all parameters; lozo, these by low rank.")
     ] = _DEFAULTS.method,
     layer: Annotated[
         str, typer.Option(help="Decoder layer, or several as in 5,11; 'auto' to probe for it.")
@@ -167,6 +167,10 @@ def train_command(
     prefix_cache_dir: Annotated[
         Path | None, typer.Option(help="Folder for what does not fit into it.")
     ] = None,
+    rank: Annotated[int, typer.Option(help="Of lozo's directions.")] = _DEFAULTS.rank,
+    interval: Annotated[
+        int, typer.Option(help="Steps in a subspace of lozo.")
+    ] = _DEFAULTS.interval,
     directions: Annotated[int, typer.Option(help="Averaged in a step.")] = _DEFAULTS.directions,
     sync_steps: Annotated[
         int, typer.Option(help="Most steps that a power cut may take.")
@@ -204,6 +208,8 @@ def train_command(
             eval_every=eval_every,
             prefix_cache_mb=prefix_cache_mb,
             prefix_cache_dir=None if prefix_cache_dir is None else str(prefix_cache_dir.resolve()),
+            rank=rank,
+            interval=interval,
             directions=directions,
             sync_steps=sync_steps,
             sync_seconds=sync_seconds,

@@ -11,10 +11,12 @@ from typing import Any, get_type_hints
 from dlzo.errors import UserError
 
 DECAYS = ("none", "linear", "cosine")
-METHODS = ("dominant", "mezo")
+METHODS = ("dominant", "mezo", "lozo")
 PARTS = ("all", "attention", "mlp")
+MAX_RANK = 1024  # a larger one is not low, and takes memory
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
+    **dict.fromkeys(("rank", "interval"), 1),
     **dict.fromkeys(("seed", "prefix_cache_mb"), 0),
 }
 
@@ -27,8 +29,11 @@ class TrainConfig:
         task: name of the task.
         method: two-point zeroth-order steps, "dominant" on one decoder layer or a few, "mezo"
             (arXiv 2305.17333) on all parameters of the model, but exact, from a float32 master of
-            all of them: 4 bytes a parameter beside the weights and a copy of the best ones.
-        layer: index of the tuned decoder layer, or of several; None to let the probe find it.
+            all of them: 4 bytes a parameter beside the weights and a copy of the best ones;
+            "lozo" (arXiv 2410.07698) on all parameters or the given layers, along directions of
+            low rank, as exact.
+        layer: index of the tuned decoder layer, or of several; None to let the probe find it, or
+            for all parameters, by the method.
         part: what of the layer is tuned: "all", "attention" or "mlp".
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
@@ -45,6 +50,8 @@ class TrainConfig:
         prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
             change; 0 computes them anew at each step.
         prefix_cache_dir: folder for those beyond it, found again by later runs; None keeps none.
+        rank: of the directions of "lozo".
+        interval: steps for which "lozo" stays in one subspace.
         directions: perturbations in a step, whose updates are averaged.
         sync_steps: steps from one fsync of the journal to the next: what a power cut may take.
         sync_seconds: the most seconds from one fsync to the next.
@@ -68,6 +75,8 @@ class TrainConfig:
     eval_every: int = 100
     prefix_cache_mb: int = 1000
     prefix_cache_dir: str | None = None
+    rank: int = 2
+    interval: int = 50
     directions: int = 1
     sync_steps: int = 100
     sync_seconds: float = 5.0
@@ -94,11 +103,15 @@ class TrainConfig:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
             raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
-        if self.method == "mezo" and (self.layers or self.part != "all"):
-            raise UserError("method 'mezo' tunes all parameters: leave out layer and part")
+        if self.method == "mezo" and self.layers:
+            raise UserError("method 'mezo' tunes all parameters: leave out layer")
+        if self.method != "dominant" and self.part != "all" and not self.layers:
+            raise UserError(f"part is {self.part!r} of all parameters: leave it out")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
+        if self.rank > MAX_RANK:
+            raise UserError(f"rank is {self.rank}: give at most {MAX_RANK}")
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
         if not (math.isfinite(self.eps) and self.eps > 0):

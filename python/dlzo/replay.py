@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from dlzo.adapter import WEIGHTS_FILE, dtype_name, save_adapter
 from dlzo.errors import UserError
 from dlzo.journal import Reader
-from dlzo.records import Header, Parameter, Step
+from dlzo.records import Header, Parameter
+from dlzo.rule import rule_in
 from dlzo.target import Target
-from dlzo_kernels import NOISE_VERSION, __version__, update_scales, zo_replay
-from dlzo_kernels.step import Layer
+from dlzo_kernels import NOISE_VERSION, __version__
 
-_CHUNK = 1024  # updates in one pass over the weights
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype")
 
 
@@ -54,8 +53,7 @@ def replay(
             f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
         )
     header = reader.header
-    steps = islice(Reader(path).steps(), until)
-    apply_steps(target.modules, steps, weight_decay=_weight_decay(reader))
+    rule_in(header).replay(target.modules, islice(Reader(path).steps(), until))
     try:
         save_adapter(
             folder,
@@ -66,41 +64,6 @@ def replay(
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be written: {error}") from error
     return reader
-
-
-def apply_steps(layer: Layer, steps: Iterable[Step], *, weight_decay: float = 0.0) -> None:
-    """Moves a layer, and its float32 master, by recorded steps.
-
-    One pass over it per 1,024 updates, or with weight decay per step.
-    """
-    if weight_decay:
-        for step in steps:
-            if updates := list(_updates([step])):
-                keep = 1 - step.lr * weight_decay
-                zo_replay(layer, *zip(*updates, strict=True), keep=keep)
-        return
-    updates = _updates(steps)
-    while chunk := list(islice(updates, _CHUNK)):
-        seeds, scales, queries = zip(*chunk, strict=True)
-        zo_replay(layer, seeds, scales, queries)
-
-
-def _updates(steps: Iterable[Step]) -> Iterator[tuple[int, float, int]]:
-    """(seed, scale, query) of each direction that moved the weights."""
-    for step in steps:
-        scales = update_scales(step.lr, step.gradients)
-        if step.applied and any(scales):
-            for query, scale in enumerate(scales):
-                yield step.seed, scale, query
-
-
-def _weight_decay(reader: Reader) -> float:
-    """The weight decay of a run, whose settings may be from anywhere."""
-    header = reader.header
-    found = header.settings.get("weight_decay", 0.0)
-    if not isinstance(found, int | float) or not 0 <= header.lr * found < 1:
-        raise UserError(f"journal {str(reader.path)!r} has an invalid weight decay: do not use it")
-    return found
 
 
 def base_fields(target: Target) -> dict[str, Any]:

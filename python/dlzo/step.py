@@ -10,13 +10,14 @@ from statistics import stdev
 from dlzo import distributed
 from dlzo.config import TrainConfig
 from dlzo.records import Step
-from dlzo.sampler import step_seed
+from dlzo.rule import Rule
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.target import Target
-from dlzo_kernels import ZOStep, zo_step
+from dlzo_kernels import ZOStep
 
 
 def take_step(
+    rule: Rule,
     target: Target,
     scorer: Scorer,
     batch: Sequence[EncodedExample],
@@ -27,6 +28,7 @@ def take_step(
     """Moves the target by one step, or leaves it where it is if a loss is above `max_loss`.
 
     Args:
+        rule: how it moves.
         target: what is tuned.
         scorer: of its layers.
         batch: what all ranks score together.
@@ -37,15 +39,8 @@ def take_step(
     Returns:
         The step's record, the same on all ranks.
     """
-    seed, lr = step_seed(config.seed, number), config.lr_at(number)
-    step = zo_step(
-        target.modules,
-        seed,
-        config.eps,
-        lr,
-        directions=config.directions,
-        weight_decay=config.weight_decay,
-    )
+    lr = config.lr_at(number)
+    seed, step = rule.begin(target.modules, number, config.eps, lr, config.directions)
     losses = _losses(scorer, step, batch, config.directions)
     if config.lr_per_spread:
         lr = _per_spread(lr, losses)

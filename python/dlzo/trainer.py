@@ -36,7 +36,8 @@ from dlzo.metrics import (
 from dlzo.models import absolute_name, decoder_layers, sole_use
 from dlzo.probe import probe
 from dlzo.records import Event, Header, Record, Step, encode_header
-from dlzo.replay import apply_steps, base_fields, differences
+from dlzo.replay import base_fields, differences
+from dlzo.rule import rule_of
 from dlzo.run import (
     JOURNAL_FILE,
     METRICS_FILE,
@@ -161,6 +162,7 @@ class _Run:
         self.target = target
         self.model = model = target.model
         self.config = config
+        self.rule = rule_of(config)
         self.out = out
         self.task = get_task(config.task)
         cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
@@ -254,12 +256,9 @@ class _Run:
             )
         steps = (record for record in records if isinstance(record, Step))
         if progress.best is not None:
-            self._apply(islice(steps, progress.best["step"]))
+            self.rule.replay(self.target.modules, islice(steps, progress.best["step"]))
             self._keep_as_best()
-        self._apply(steps)
-
-    def _apply(self, steps: Iterable[Step]) -> None:
-        apply_steps(self.target.modules, steps, weight_decay=self.config.weight_decay)
+        self.rule.replay(self.target.modules, steps)
 
     def _record(self, record: Record) -> None:
         if distributed.rank() == 0:
@@ -288,7 +287,7 @@ class _Run:
         started = time.perf_counter()
         # In a journal the untuned model's loss is finite.
         max_loss = EXPLODED * max(1.0, loss_of(self.progress.untuned))
-        self._record(take_step(self.target, self.scorer, batch, config, step, max_loss))
+        self._record(take_step(self.rule, self.target, self.scorer, batch, config, step, max_loss))
         self.step_ms.append(1e3 * (time.perf_counter() - started))
 
     def _evaluate_test(self) -> Evaluation:
@@ -424,7 +423,7 @@ def _find_layers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> tuple[int, ...]:
     """The layers to tune: those given, or the dominant one; none for all parameters."""
-    if config.layers or config.method == "mezo":
+    if config.layers or config.method != "dominant":
         return config.layers
     decision = probe(model, tokenizer).decision
     if decision.layer is None:

@@ -1,0 +1,156 @@
+"""Steps along low-rank directions: LOZO (arXiv 2410.07698), from a master copy as in `zo_step`.
+
+z of an (m, n) matrix is U V^T, of rank r: U is (m, r) and new in each step, V is (n, r) and stays
+for a number of steps, by its seed. The update is divided by r, as the mean of <G, U V^T> U V^T is
+r G.
+Any other tensor has the z of `zo_step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlzo_kernels.ops._common import check_range
+from dlzo_kernels.ops.gaussian import gaussian
+from dlzo_kernels.ops.perturb import perturb_layer
+from dlzo_kernels.step import (
+    Layer,
+    Loss,
+    StepResult,
+    ZOStep,
+    _accumulate,
+    _adopted,
+    _Tuned,
+    _uninterrupted,
+)
+
+# U and V of a parameter share its stream; the queries of V begin here.
+V_QUERY = 1 << 31
+# Elements of z at a time.
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+class LowRankStep(ZOStep):
+    """An open step as `zo_step` makes it, with the same guarantees, along low-rank directions.
+
+    Args:
+        layer: as in `zo_step`; a matrix must not be a DTensor.
+        seed: of U, and of the z of what is no matrix.
+        eps: size of the perturbation.
+        lr: step size.
+        rank: r, of each direction.
+        v_seed: of V.
+        options: `directions` and `weight_decay`, as in `zo_step`.
+
+    Raises:
+        ValueError: as `zo_step`; or the rank is below 1, or a matrix is a DTensor.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        seed: int,
+        eps: float,
+        lr: float,
+        *,
+        rank: int,
+        v_seed: int,
+        **options: Any,
+    ) -> None:
+        check_range("v_seed", v_seed, 1 << 64)
+        super().__init__(layer, seed, eps, lr, **options)
+        self._rank, self._v_seed = rank, v_seed
+        self._matrices, self._others = _split(self._tuned, rank)
+
+    def _perturb(self, scale: float, direction: int) -> None:
+        for t in self._matrices:
+            for rows, z in _directions(t, self._seed, self._v_seed, self._rank, direction):
+                t.live.detach()[rows].copy_(t.entry.master[rows] + z.mul_(scale))
+        if self._others:
+            perturb_layer([t.operand for t in self._others], self._seed, scale, direction)
+
+    def _finish(
+        self, plus: list[Loss], minus: list[Loss], max_loss: float = math.inf
+    ) -> StepResult:
+        return self._finish_here([*map(float, plus)], [*map(float, minus)], max_loss)
+
+    def _move(self, scales: Sequence[float], keep: float) -> None:
+        _move(self._tuned, self._seed, self._v_seed, self._rank, scales, keep)
+
+
+def low_rank_replay(
+    layer: Layer, seed: int, v_seed: int, rank: int, scales: Sequence[float], *, keep: float = 1.0
+) -> None:
+    """Moves a layer by one LowRankStep: bit-equal to its update.
+
+    Args:
+        layer: as in `zo_step`, with the weights that the step started from.
+        seed: of the step.
+        v_seed: of the step.
+        rank: of the step.
+        scales: `update_scales` of the step.
+        keep: 1 - lr * weight_decay of the step.
+
+    Raises:
+        ValueError: as LowRankStep.
+        RuntimeError: a step has the layer perturbed.
+    """
+    tuned = _adopted(layer)
+    _split(tuned, rank)
+    _move(tuned, seed, v_seed, rank, scales, keep)
+
+
+def _split(tuned: Sequence[_Tuned], rank: int) -> tuple[list[_Tuned], list[_Tuned]]:
+    """Matrices and others."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    matrices = [t for t in tuned if t.live.dim() == 2]
+    for t in matrices:
+        # Only a DTensor has one of its own.
+        if t.numbering["row_stride"] is not None:
+            raise ValueError(f"{t.name} is a DTensor; low-rank directions need plain matrices")
+    return matrices, [t for t in tuned if t.live.dim() != 2]
+
+
+@torch.no_grad()
+def _move(
+    tuned: Sequence[_Tuned],
+    seed: int,
+    v_seed: int,
+    rank: int,
+    scales: Sequence[float],
+    keep: float,
+) -> None:
+    matrices, others = _split(tuned, rank)
+    with _uninterrupted():
+        if others:
+            queries = range(len(scales))
+            _accumulate(others, [seed] * len(scales), scales, queries, keep=keep)
+        for t in matrices:
+            if keep != 1:
+                t.entry.master.mul_(keep)
+            for query, scale in enumerate(scales):
+                for rows, z in _directions(t, seed, v_seed, rank, query):
+                    t.entry.master[rows].add_(z.mul_(scale / rank))
+        _accumulate(matrices, [], [], [])
+
+
+def _directions(
+    t: _Tuned, seed: int, v_seed: int, rank: int, query: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, z of these rows, float32) of a matrix: products and sums rounded one by one."""
+    (m, n), device, stream = t.live.shape, t.live.device, t.numbering["stream"]
+    u = gaussian((m, rank), seed, stream=stream, query=query, device=device)
+    v = gaussian((n, rank), v_seed, stream=stream, query=V_QUERY + query, device=device)
+    height = max(1, _CHUNK[device.type] // max(1, n))
+    for start in range(0, m, height):
+        rows = slice(start, start + height)
+        z = u[rows, :1] * v[:, 0]
+        for k in range(1, rank):
+            z += u[rows, k : k + 1] * v[:, k]
+        yield rows, z
