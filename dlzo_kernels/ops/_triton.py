@@ -17,6 +17,7 @@ from dlzo_kernels.ops._parts import Directions, Part
 
 try:
     import triton
+    import triton.backends.nvidia.compiler
     import triton.language as tl
 except ImportError:
     triton = tl = None
@@ -81,11 +82,28 @@ def _compiled(
 def compile_for(
     target: Any, kernel: Any, types: tuple[Any, ...], constants: dict[str, Any], num_warps: int
 ) -> Any:
-    """Compiles a kernel for a triton GPUTarget, or for the current device where that is None."""
+    """Compiles a kernel for a triton GPUTarget, or for the current device where that is None.
+
+    Raises:
+        RuntimeError: Triton's assembler would change the noise.
+    """
     signature = dict(zip(kernel.arg_names, types + ("constexpr",) * len(constants), strict=True))
     source = triton.compiler.ASTSource(kernel, signature, constants)
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=options)
+    if "f32x2" in compiled.asm.get("ptx", ""):
+        _check_assembler(compiled.metadata.target.arch)
+    return compiled
+
+
+def _check_assembler(arch: int) -> None:
+    # Older ones fuse packed products and sums, in spite of .rn and --fmad=false.
+    version = triton.backends.nvidia.compiler.get_ptxas(arch).version
+    if tuple(map(int, version.split("."))) < (13, 4):
+        raise RuntimeError(
+            f"the ptxas {version} that Triton uses for sm_{arch} changes the bits of the noise; "
+            "install a Triton that brings ptxas 13.4 or newer, or use the CUDA kernels"
+        )
 
 
 def type_of(argument: Any) -> Any:

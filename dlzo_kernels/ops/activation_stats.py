@@ -340,7 +340,7 @@ def _run_sums(x: tl.tensor, count: tl.tensor, pivot: tl.tensor, scale: tl.tensor
     position = tl.arange(0, _POSITIONS)
     sums = _no_sums(_POSITIONS, tl.float32)
     steps = count // _POSITIONS
-    for step in tl.range(0, steps, loop_unroll_factor=4):
+    for step in tl.range(0, steps, loop_unroll_factor=3):
         at = step * _POSITIONS + position
         value = tl.load(x + at)
         sums = _added(sums, value.to(tl.float32), at, pivot, scale)

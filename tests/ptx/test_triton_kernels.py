@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,8 @@ from dlzo_kernels import _C
 from dlzo_kernels.ops import _triton
 from dlzo_kernels.ops._triton import Plan
 from ptx import lint
-from ptx.triton_ptx import TARGETS, Device, compile_plan
+from ptx.compile import missing, sass
+from ptx.triton_ptx import TARGETS, TritonDevice, compile_plan
 
 gaussian, perturb, accumulate, activation_stats = (
     importlib.import_module(f"dlzo_kernels.ops.{op}")
@@ -46,7 +49,7 @@ REDUCTIONS = {"tensor": 0, "channel": 1, "token": 2}
 
 def some_parts(count: int = 1) -> list:
     w = torch.empty(10 * WHOLE)
-    return Device().parts([Operand(w, w, 0, 0, None)] * count)
+    return TritonDevice().parts([Operand(w, w, 0, 0, None)] * count)
 
 
 def noise_plans() -> Iterator[tuple[str, Plan]]:
@@ -95,10 +98,37 @@ def test_compiles_for_every_target(target):
         asm = compile_plan(plans[name], target).asm
         if target == "gfx942":
             assert asm["hsaco"]
-            assert not [line for line in asm["amdgcn"].splitlines() if "v_fma_mix" in line]
+            assert not re.search(r"fpmath|\bcontract\b|\bfast\b", asm["llir"])
+            assert '"denormal-fp-math-f32"="ieee"' in asm["llir"]
         else:
             assert asm["cubin"]
             assert lint.inexact(asm["ptx"]) == []
+
+
+@pytest.mark.skipif(missing("nvdisasm") is not None, reason=str(missing("nvdisasm")))
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "gfx942"])
+def test_the_machine_code_of_noise_fuses_nothing_but_roots(target):
+    for name in set(CHOSEN) & set(NOISE_PLANS):
+        (code,) = sass(compile_plan(NOISE_PLANS[name], target).asm["cubin"]).values()
+        roots = sum("MUFU.RSQ" in line for line in code)
+        # Two of each root, and a third of the one for tiny numbers.
+        assert sum(bool(re.search(r"\bFFMA", line)) for line in code) == 2 * roots + 1
+
+
+def test_an_assembler_that_fuses_packed_products_is_refused(monkeypatch):
+    asked: list[int] = []
+    check = _triton._check_assembler
+    monkeypatch.setattr(_triton, "_check_assembler", asked.append)
+    plan = NOISE_PLANS["gaussian torch.float32"]
+    types = tuple(map(_triton.type_of, plan.arguments))
+    for target in ("sm_90", "sm_100", "gfx942"):
+        _triton.compile_for(TARGETS[target], plan.kernel, types, plan.constants, plan.num_warps)
+    assert asked == [100]  # where products are packed
+    check(100)
+    old = SimpleNamespace(version="13.0")
+    monkeypatch.setattr(_triton.triton.backends.nvidia.compiler, "get_ptxas", lambda arch: old)
+    with pytest.raises(RuntimeError, match=r"ptxas 13\.0 that Triton uses for sm_100 changes"):
+        check(100)
 
 
 @pytest.mark.parametrize("name", NOISE_PLANS)
@@ -126,7 +156,7 @@ def test_aligned_memory_moves_16_bytes_at_a_time(name):
 def test_numbers_do_not_compile_new_variants():
     def types(n: int, seed: int, offset: int, address: int) -> tuple:
         w = torch.empty(n)
-        (part,) = Device().parts([Operand(w, w, 1, offset, None)])
+        (part,) = TritonDevice().parts([Operand(w, w, 1, offset, None)])
         part = part._replace(out=part.out + address)
         (plan,) = perturb.triton_plans([part], F32, F32, Directions(1, seed, 16, 1.0))
         return tuple(map(_triton.type_of, plan.arguments)), plan.constants
@@ -149,19 +179,19 @@ def operand(
     return Operand(out, out if base is None else base, stream, offset, row_stride)
 
 
-def run_gaussian(out: Tensor, target: str = "sm_90", query: int = 0, **numbers: int) -> int:
-    device = Device(target)
+def run_gaussian(out: Tensor, architecture: int = 90, query: int = 0, **numbers: int) -> None:
+    device = TritonDevice(architecture)
     directions = Directions(1, SEED, query)
     parts = device.parts([operand(out, **numbers)])
-    return device.run(gaussian.triton_plans(parts, out.dtype, directions))
+    device.run_plans(gaussian.triton_plans(parts, out.dtype, directions))
 
 
 def run_perturb(
-    operands: Sequence[Operand], directions: Directions, device: Device | None = None
-) -> int:
-    device = device or Device()
+    operands: Sequence[Operand], directions: Directions, device: TritonDevice | None = None
+) -> list[int]:
+    device = device or TritonDevice()
     dtypes = operands[0].out.dtype, operands[0].base.dtype
-    return device.run(perturb.triton_plans(device.parts(operands), *dtypes, directions))
+    return device.run_plans(perturb.triton_plans(device.parts(operands), *dtypes, directions))
 
 
 def normals(*shape: int, dtype: torch.dtype = F32, **numbers: int) -> Tensor:
@@ -169,11 +199,11 @@ def normals(*shape: int, dtype: torch.dtype = F32, **numbers: int) -> Tensor:
     return reference_perturb(torch.zeros(shape), SEED, 1.0, dtype, **numbers)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("architecture", [80, 90, 120])
 @pytest.mark.parametrize("offset", [0, 5, 2**34 - 4, 2**34 - 3, 2**64 - 9001])
-def test_raw_normals(target, offset):
+def test_raw_normals(architecture, offset):
     out = torch.full((9001,), torch.nan)
-    run_gaussian(out, target, offset=offset, stream=3, query=0x80000001)
+    run_gaussian(out, architecture, offset=offset, stream=3, query=0x80000001)
     assert_same_bits(out, normals(9001, offset=offset, stream=3, query=0x80000001))
 
 
@@ -232,7 +262,7 @@ def test_all_tensors_of_a_layer(count, launches):
     layer[-1] = weights(9, 10, dtype=BF16).t()
     expected = [reference_perturb(w, SEED, 0.1, w.dtype, stream=i) for i, w in enumerate(layer)]
     operands = [operand(w, stream=i) for i, w in enumerate(layer)]
-    assert run_perturb(operands, Directions(1, SEED, 0, 0.1)) == launches
+    assert len(run_perturb(operands, Directions(1, SEED, 0, 0.1))) == launches
     for w, right in zip(layer, expected, strict=True):
         assert_same_bits(w.contiguous(), right)
 
@@ -242,10 +272,10 @@ def test_programs_that_make_several_tiles(monkeypatch):
     layer = [weights(11 * WHOLE + 3), weights(5000)[1:], weights(30, 120)[:, :110]]
     expected = [reference_perturb(w, SEED, 0.1, w.dtype, stream=i) for i, w in enumerate(layer)]
     operands = [operand(w, stream=i) for i, w in enumerate(layer)]
-    device = Device()
+    device = TritonDevice()
     (plan,) = perturb.triton_plans(device.parts(operands), F32, F32, Directions(1, SEED, 0, 0.1))
     assert plan.grid < 8
-    device.run([plan])
+    device.run_plans([plan])
     for w, right in zip(layer, expected, strict=True):
         assert_same_bits(w.contiguous(), right)
 
@@ -253,7 +283,7 @@ def test_programs_that_make_several_tiles(monkeypatch):
 @pytest.mark.parametrize("seed_there", [False, True])
 @pytest.mark.parametrize("scale_there", [False, True])
 def test_seed_and_scale_in_device_memory(seed_there, scale_there):
-    device, w = Device(), weights(WHOLE + 77)
+    device, w = TritonDevice(), weights(WHOLE + 77)
     expected = reference_perturb(w, SEED, 0.25, w.dtype, query=6)
     seed, scale = torch.tensor([SEED], dtype=torch.uint64), torch.tensor([0.25])
     directions = Directions(
@@ -271,7 +301,7 @@ def test_seed_and_scale_in_device_memory(seed_there, scale_there):
 def run_accumulate(
     master: Tensor, out: Tensor | None, scales: list[float], *, gate: int | None = None
 ) -> None:
-    device, count = Device(), len(scales)
+    device, count = TritonDevice(), len(scales)
     seeds = torch.tensor([SEED + k for k in range(count)], dtype=torch.uint64)
     queries = torch.tensor([5 + (k << 31) for k in range(count)], dtype=torch.uint32)
     held = torch.tensor(scales)
@@ -285,7 +315,7 @@ def run_accumulate(
     target = operand(master if out is None else out, master, stream=2)
     parts, at = device.parts([target]), 0 if gate is None else device.address(flag)
     dtypes = target.out.dtype, master.dtype
-    device.run(accumulate.triton_plans(parts, *dtypes, out is not None, directions, at))
+    device.run_plans(accumulate.triton_plans(parts, *dtypes, out is not None, directions, at))
 
 
 @pytest.mark.parametrize("length", [1, 13, WHOLE, WHOLE + 1])
@@ -356,8 +386,8 @@ def samples() -> Iterator[tuple[str, np.ndarray]]:
 SAMPLES = dict(samples())
 
 
-def run_stats(x: Tensor, per: str, target: str = "sm_90") -> Stats:
-    device, (rows, channels) = Device(target), x.shape
+def run_stats(x: Tensor, per: str, architecture: int = 90) -> Stats:
+    device, (rows, channels) = TritonDevice(architecture), x.shape
     sizes = rows, channels, REDUCTIONS[per]
     count = {"tensor": 1, "channel": channels, "token": rows}[per]
     dtypes = (torch.float32, torch.int64, torch.float64, torch.float64, torch.float64)
@@ -367,12 +397,12 @@ def run_stats(x: Tensor, per: str, target: str = "sm_90") -> Stats:
     )
     pointers = tuple(device.address(result) for result in results)
     room, at = device.address(workspace), device.address(x)
-    device.run(activation_stats.triton_plans(at, x.dtype, *sizes, pointers, room))
+    device.run_plans(activation_stats.triton_plans(at, x.dtype, *sizes, pointers, room))
     return Stats(*(result.numpy() for result in results))
 
 
-def assert_statistics(x: Tensor, per: str, target: str = "sm_90") -> None:
-    got, right = run_stats(x, per, target), stats(to_float32(x), per)
+def assert_statistics(x: Tensor, per: str, architecture: int = 90) -> None:
+    got, right = run_stats(x, per, architecture), stats(to_float32(x), per)
     for name, a, b in zip(Stats._fields, got, right, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=f"{name} per {per}")
 
@@ -389,9 +419,9 @@ def test_statistics_of_the_largest_and_smallest_numbers(per, scale):
     assert_statistics(torch.from_numpy(SAMPLES["odd sizes"]) * scale, per)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
-def test_statistics_of_a_misaligned_view(target):
-    assert_statistics(weights(1, 20_001, dtype=BF16)[:, 1:], "tensor", target)
+@pytest.mark.parametrize("architecture", [80, 100])
+def test_statistics_of_a_misaligned_view(architecture):
+    assert_statistics(weights(1, 20_001, dtype=BF16)[:, 1:], "tensor", architecture)
 
 
 @pytest.mark.parametrize("pieces", [17, 65, 300])
