@@ -65,6 +65,7 @@ def cases(dtype: torch.dtype) -> list[list[Operand]]:
         ),
         [operand_of(ahead[8:], ahead[8:], offset=8 * BLOCK + 4)],  # phases in whole groups
         [operand_of(ahead[4:], ahead[4:], offset=4)],
+        [operand_of(ahead[1:], ahead[1:], offset=1)],
         [operand_of(ragged[3:], ragged[3:], stream=1, offset=5)],
         [operand_of(whole, whole, stream=0x80000003, offset=2**36 + 8)],
     ]
