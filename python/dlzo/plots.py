@@ -68,7 +68,7 @@ def plot_sensitivity(report: SensitivityReport, path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     (left, right), names = figure.subplots(1, 2), [found.layer for found in report.layers]
     left.plot(names, [found.signal for found in report.layers], "o-", color="tab:blue", ms=4)
-    left.set(yscale="log", xlabel="perturbed layer")
+    left.set(xlabel="perturbed layer", ylim=(0, None))
     left.set_ylabel("signal: spread of the projected gradient", color="tab:blue")
     left.grid(alpha=0.3)
     stability = left.twinx()
