@@ -469,13 +469,14 @@ for dtype in (torch.float32, torch.float16):
 """
 
 
-def test_the_interpreter_agrees():
+def test_the_interpreter_agrees(tmp_path):
     tests = str(Path(__file__).parents[1])
     path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED],
         env=environment,
+        cwd=tmp_path,  # Python would find the source in the project's folder
         capture_output=True,
         text=True,
         check=False,
