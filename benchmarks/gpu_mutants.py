@@ -32,11 +32,8 @@ from ptx.mutate import Mutant, mutants, run_mutants  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_mutants.json"
 SEED, QUERY, SCALE = 0x9E3779B97F4A7C15, 0xC0000001, 0.75
 BLOCK = 8192  # elements of a block of threads
-KERNELS = {
-    "gaussian_float32": torch.float32,
-    "perturb_float32_float32": torch.float32,
-    "perturb_bfloat16_bfloat16": torch.bfloat16,
-}
+# Raw normals, and the kernel whose rounding hides most of an error in them.
+KERNELS = {"gaussian_float32": torch.float32, "perturb_bfloat16_bfloat16": torch.bfloat16}
 
 
 def cases(dtype: torch.dtype) -> list[list[Operand]]:
