@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
@@ -149,7 +149,9 @@ def train_command(
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = _DEFAULTS.lr,
+    lr: Annotated[
+        str, typer.Option(help="Learning rate; 'auto' to search for it.")
+    ] = f"{_DEFAULTS.lr:g}",
     lr_decay: Annotated[
         str, typer.Option(help="How it falls: none, linear or cosine.")
     ] = _DEFAULTS.lr_decay,
@@ -200,7 +202,7 @@ def train_command(
             steps=steps,
             batch_size=batch_size,
             eps=eps,
-            lr=lr,
+            lr=_parse_lr(lr),
             lr_decay=lr_decay,
             lr_per_spread=lr_per_spread,
             weight_decay=weight_decay,
@@ -368,6 +370,15 @@ def _parse_layer(text: str) -> tuple[int, ...] | None:
         ) from None
 
 
+def _parse_lr(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"lr is {text!r}: give a number, such as 3e-4, or 'auto'") from None
+
+
 def _parse_layers(text: str) -> list[int] | None:
     """The layers of a list such as 0-5,11; None for all."""
     if text == "all":
@@ -418,7 +429,7 @@ def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
 def _summary(metrics: Metrics) -> Table:
     """The four evaluations of a run, and what it cost."""
     tuned = describe(metrics["layers"], metrics["part"])
-    table = Table(title=f"{metrics['task']}, {tuned}, {metrics['dtype']}")
+    table = Table(title=f"{metrics['task']}, {tuned}, lr {metrics['lr']:g}, {metrics['dtype']}")
     measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
     for heading in ("", "split", *measured, "loss"):
         table.add_column(heading, justify="left" if heading in ("", "split") else "right")

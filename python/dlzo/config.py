@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from dlzo.errors import UserError
 
@@ -38,8 +38,8 @@ class TrainConfig:
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
-        lr: learning rate. The default suits one layer of a model of 0.1 billion parameters, a tenth
-            of it all of them; for 7 billion, 1e-7 to 5e-6.
+        lr: learning rate; "auto" to find it by a line search. The default suits one layer of a
+            model of 0.1 billion parameters, a tenth of it all of them; for 7 billion, 1e-7 to 5e-6.
         lr_decay: how it falls towards 0 over the steps: "none", "linear" or "cosine".
         lr_per_spread: whether each step divides it by the standard deviation of its own losses, as
             FZOO does (arXiv 2506.09034, there with one-sided differences); a good lr is then
@@ -67,7 +67,7 @@ class TrainConfig:
     steps: int = 300
     batch_size: int = 16
     eps: float = 1e-3
-    lr: float = 3e-4
+    lr: float | Literal["auto"] = 3e-4
     lr_decay: str = "none"
     lr_per_spread: bool = False
     weight_decay: float = 0.0
@@ -116,11 +116,12 @@ class TrainConfig:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise UserError(f"eps is {self.eps}: give a number above 0, such as 1e-3")
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise UserError(f"lr is {self.lr}: give a number of 0 or above, such as 3e-4")
+        lr = 0.0 if self.lr == "auto" else self.lr
+        if not (math.isfinite(lr) and lr >= 0):
+            raise UserError(f"lr is {lr}: give a number of 0 or above, such as 3e-4, or 'auto'")
         if self.lr_decay not in DECAYS:
             raise UserError(f"lr_decay {self.lr_decay!r}: choose {' or '.join(DECAYS)}")
-        if not 0 <= self.lr * self.weight_decay < 1:
+        if not 0 <= lr * self.weight_decay < 1:
             raise UserError(
                 f"weight_decay is {self.weight_decay}: give a number of 0 or above, such as 0.01"
             )
@@ -132,8 +133,8 @@ class TrainConfig:
 
 def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
     """The configuration in a settings file from anywhere."""
-    # A hint may have parameters, which isinstance does not take.
-    types = get_type_hints(TrainConfig) | {"layer": int | list | None}
+    # A hint may have parameters, which isinstance does not take; a run has a number as its lr.
+    types = get_type_hints(TrainConfig) | {"layer": int | list | None, "lr": float}
     for name, value in values.items():
         # An int is a float in JSON.
         kind = types.get(name, ())

@@ -42,15 +42,24 @@ def take_step(
     lr = config.lr_at(number)
     seed, step = rule.begin(target.modules, number, config.eps, lr, config.directions)
     losses = _losses(scorer, step, batch, config.directions)
-    if config.lr_per_spread:
-        lr = _per_spread(lr, losses)
+    lr = _lr_of(losses, lr, config)
     result = step.update(losses[::2], losses[1::2], max_loss=max_loss, lr=lr)
     return Step(number, seed, lr, result.projected_grads, tuple(losses), result.applied)
 
 
-def _per_spread(lr: float, losses: Sequence[float]) -> float:
-    """lr / std(losses); lr where the losses are equal or not finite, for then nothing moves."""
-    spread = stdev(losses) if all(map(math.isfinite, losses)) else 0.0
+def with_lr(step: Step, lr: float, config: TrainConfig) -> Step:
+    """The step as it would have been with another learning rate."""
+    return step._replace(lr=_lr_of(step.losses, lr, config))
+
+
+def _lr_of(losses: Sequence[float], lr: float, config: TrainConfig) -> float:
+    """lr, or lr / std(losses) if so configured.
+
+    Where the losses are equal or not finite it is lr, for then nothing moves.
+    """
+    if not config.lr_per_spread or not all(map(math.isfinite, losses)):
+        return lr
+    spread = stdev(losses)
     return lr / spread if spread > 0 else lr
 
 

@@ -24,6 +24,7 @@ from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
 from dlzo.journal import Reader, Writer, create
+from dlzo.learning_rate import find_lr
 from dlzo.metrics import (
     HistoryEntry,
     Metrics,
@@ -97,8 +98,9 @@ def train(
     with sole_use(model):
         examples = _load_examples(config, data_dir)
         layers = distributed.from_first_rank(lambda: _find_layers(model, tokenizer, config))
-        config = replace(config, layer=layers)
-        run = _Run(Target(model, layers, config.part), tokenizer, config, examples, out)
+        target = Target(model, layers, config.part)
+        config = replace(config, layer=layers, lr=_find_lr(target, tokenizer, config, examples))
+        run = _Run(target, tokenizer, config, examples, out)
         untuned = run.evaluate_untuned()
         settings = {
             "model": absolute_name(model.name_or_path),
@@ -170,10 +172,7 @@ class _Run:
         self.scorer = Scorer(model, tokenizer, layers, loss=self.task.loss, cache=cache)
         # Without the cache, as in `evaluate`: the same bits.
         self.test_scorer = Scorer(model, tokenizer, loss=self.task.loss)
-        drawn = examples["train"]
-        if self.task.loss == "gold":
-            drawn = [example.gold_only() for example in drawn]
-        self.train_set = self.scorer.encode(drawn)
+        self.train_set = self.scorer.encode(_drawn(config, examples))
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]
         self.header = _header(base_fields(target), config, fingerprint(examples))
@@ -432,3 +431,24 @@ def _find_layers(
             f"choose one of its {len(decoder_layers(model))} with --layer"
         )
     return (decision.layer,)
+
+
+def _find_lr(
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    examples: Mapping[Split, Sequence[Example]],
+) -> float:
+    """The learning rate: that given, or what a line search finds."""
+    if config.lr != "auto":
+        return config.lr
+    scorer = Scorer(target.model, tokenizer, target.decoder_layers, loss=get_task(config.task).loss)
+    found, _ = find_lr(target, scorer, scorer.encode(_drawn(config, examples)), config)
+    return found
+
+
+def _drawn(config: TrainConfig, examples: Mapping[Split, Sequence[Example]]) -> Sequence[Example]:
+    """The examples that steps are taken on."""
+    if get_task(config.task).loss == "gold":
+        return [example.gold_only() for example in examples["train"]]
+    return examples["train"]

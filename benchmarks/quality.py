@@ -1,0 +1,306 @@
+"""How good a tuned model gets: layer by layer, and method by method.
+
+    python benchmarks/quality.py sweep [--data DIR] [--tasks sst2]
+    python benchmarks/quality.py methods [--data DIR] [--tasks sst2 copa ...]
+
+DIR holds a folder for each task with its train, validation and test.jsonl. The model is
+SmolLM2-135M-Instruct (de-quantised Q4_1) in bfloat16. Each finished run is a row of
+results/quality_runs.csv, each of its validations one of results/quality_curves.csv; neither is made
+again, and a run that was killed goes on from its journal in --runs. Tables and figures are drawn
+from these files, without --data nothing else is done. Accuracies do not depend on what else runs on
+the machine; the times of steps do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from dlzo.config import TrainConfig
+from dlzo.evaluation import Evaluation, evaluate
+from dlzo.models import load_model
+from dlzo.trainer import resume, train
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS, CURVES = RESULTS / "quality_runs.csv", RESULTS / "quality_curves.csv"
+SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
+SWEEP_FIGURE = ROOT / "docs" / "sweep.png"
+SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
+ALL = (*SHORT, *LONG)
+LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
+SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, (3e-4, 1e-3), (0, 1)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each method gets on a task."""
+
+    steps: int
+    seeds: tuple[int, ...]
+
+
+BUDGETS = dict.fromkeys(SHORT, Budget(300, (0, 1, 2))) | dict.fromkeys(LONG, Budget(100, (0,)))
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of a run, and the grid from which validation chooses its learning rate."""
+
+    settings: dict[str, Any]
+    lrs: tuple[float, ...]
+
+
+CANDIDATES = {
+    "dominant": Method({"layer": LAYER}, (1e-4, 3e-4, 1e-3)),
+    "dominant mlp": Method({"layer": LAYER, "part": "mlp"}, (1e-4, 3e-4, 1e-3)),
+    "mezo": Method({"method": "mezo"}, (1e-5, 3e-5, 1e-4)),
+    "lozo": Method({"method": "lozo"}, (1e-5, 3e-5, 1e-4)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what a row of RUNS begins with."""
+
+    task: str
+    method: str
+    layer: str
+    lr: str
+    seed: str
+    steps: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return "-".join(asdict(self).values()).replace(" ", "_")
+
+
+KEY = tuple(Run.__dataclass_fields__)
+FIGURES = ("loss", "accuracy", "f1", "exact_match")
+RUN_FIELDS = (
+    *KEY,
+    "best_step",
+    *(f"best_validation_{name}" for name in FIGURES[:2]),
+    *(f"final_validation_{name}" for name in FIGURES[:2]),
+    *(f"test_{name}" for name in FIGURES),
+    "skipped",
+    "step_ms",
+    "threads",
+)
+CURVE_FIELDS = (*KEY, "step", "validation_loss", "validation_accuracy")
+
+
+class Bench:
+    """Makes the runs that RUNS does not have."""
+
+    def __init__(self, data: Path | None, folder: Path) -> None:
+        self.data, self.folder = data, folder
+
+    def run(self, method: str, config: TrainConfig, *, test: bool) -> dict[str, str] | None:
+        """The row of a run, made now if it is missing and there is data."""
+        layer = ",".join(map(str, config.layers))
+        run = Run(config.task, method, layer, f"{config.lr:g}", str(config.seed), str(config.steps))
+        if found := find(run):
+            return found
+        if self.data is None:
+            return None
+        model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+        out = self.folder / run.name
+        if (out / "run.json").exists():
+            metrics = resume(model, tokenizer, out)
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+            metrics = train(model, tokenizer, config, self._training_data(config.task), out)
+        # The model is left with the best weights.
+        tested = evaluate(model, tokenizer, config.task, self.data / config.task) if test else {}
+        append(CURVES, CURVE_FIELDS, curve(run, metrics["history"]))
+        row = asdict(run) | {"best_step": metrics["best"]["step"], "skipped": metrics["skipped"]}
+        row |= figures("best_validation", metrics["best"])
+        row |= figures("final_validation", metrics["final"]) | figures("test", tested)
+        row |= {"step_ms": metrics["step_ms_median"], "threads": torch.get_num_threads()}
+        append(RUNS, RUN_FIELDS, [row])
+        shutil.rmtree(out)
+        return find(run)
+
+    def zero_shot(self, task: str) -> dict[str, str] | None:
+        """The row of the untuned model."""
+        run = Run(task, "zero-shot", "", "", "", "0")
+        if find(run) is None and self.data is not None:
+            tested = evaluate(*load_model("smollm2", dtype=torch.bfloat16), task, self.data / task)
+            append(RUNS, RUN_FIELDS, [asdict(run) | figures("test", tested)])
+        return find(run)
+
+    def _training_data(self, task: str) -> Path:
+        """The task's data with a short test split: a run would score it twice, the bench once."""
+        folder = self.folder / "data" / task
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
+            with (self.data / task / name).open(encoding="utf-8") as file:
+                lines = file.readlines()
+            (folder / name).write_text("".join(lines[: 8 if name == "test.jsonl" else None]))
+        return folder
+
+
+def figures(prefix: str, found: Evaluation) -> dict[str, str]:
+    return {f"{prefix}_{name}": f"{value:.4f}" for name, value in found.items() if name in FIGURES}
+
+
+def curve(run: Run, history: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for entry in history:
+        if "validation_loss" in entry:
+            yield asdict(run) | {name: entry.get(name) for name in CURVE_FIELDS[len(KEY) :]}
+
+
+def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            print(*row.values(), flush=True)
+
+
+def find(run: Run) -> dict[str, str] | None:
+    if not RUNS.exists():
+        return None
+    with RUNS.open() as file:
+        return next((r for r in csv.DictReader(file) if Run(*(r[k] for k in KEY)) == run), None)
+
+
+def bisected(count: int, first: int) -> list[int]:
+    """All numbers below count, `first` ahead, the others so that any few of them are spread out."""
+    step, order = 1 << count.bit_length(), [first]
+    while step > 1:
+        step //= 2
+        order += [i for i in range(count - 1, -1, -step) if i not in order]
+    return order
+
+
+def sweep(bench: Bench, task: str) -> list[dict[str, Any]]:
+    """Each layer alone, with the same budget: the validation accuracy after the last step."""
+    grid = [
+        TrainConfig(task, layer=layer, steps=SWEEP_STEPS, eval_every=SWEEP_STEPS, lr=lr, seed=seed)
+        for seed in SWEEP_SEEDS
+        for lr in SWEEP_LRS
+        for layer in bisected(LAYERS, LAYER)
+    ]
+    rows = [row for config in grid if (row := bench.run("dominant", config, test=False))]
+    return [
+        {
+            "task": task,
+            "layer": layer,
+            "lr": lr,
+            "seeds": len(found),
+            "accuracy": f"{mean(found):.4f}",
+            "loss": f"{mean(float(r['final_validation_loss']) for r in of_layer):.4f}",
+        }
+        for lr in dict.fromkeys(row["lr"] for row in rows)
+        for layer in range(LAYERS)
+        if (of_layer := [r for r in rows if (r["layer"], r["lr"]) == (str(layer), lr)])
+        and (found := [float(row["final_validation_accuracy"]) for row in of_layer])
+    ]
+
+
+def methods(bench: Bench, task: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Each method with its best lr of the grid, by validation loss: its mean on the test split."""
+    table = []
+    if (row := bench.zero_shot(task)) is not None:
+        table.append(summary(task, "zero-shot", [row]))
+    budget = BUDGETS[task]
+    for name in names:
+        method = CANDIDATES[name]
+
+        def run(lr: float, seed: int, name: str = name, method: Method = method) -> Any:
+            settings = {"steps": budget.steps, "lr": lr, "seed": seed, **method.settings}
+            return bench.run(name, TrainConfig(task, **settings), test=True)
+
+        grid = {lr: row for lr in method.lrs if (row := run(lr, budget.seeds[0]))}
+        if len(grid) < len(method.lrs):
+            continue
+        best = min(grid, key=lambda lr: float(grid[lr]["best_validation_loss"]))
+        rows = [grid[best], *(run(best, seed) for seed in budget.seeds[1:])]
+        table.append(summary(task, name, [row for row in rows if row]))
+    return table
+
+
+def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """A row of the table: accuracy, or F1 of a generation task, on the test split."""
+    metric = "test_f1" if rows[0]["test_f1"] else "test_accuracy"
+    values = [float(row[metric]) for row in rows]
+    return {
+        "task": task,
+        "method": method,
+        "metric": metric,
+        "steps": rows[0]["steps"],
+        "lr": rows[0]["lr"],
+        "seeds": len(values),
+        "mean": f"{mean(values):.4f}",
+        "stdev": f"{stdev(values):.4f}" if len(values) > 1 else "",
+    }
+
+
+def write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
+    tasks = list(dict.fromkeys(row["task"] for row in table))
+    figure = Figure(figsize=(9, 3.4 * len(tasks)), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+        axes.axvline(LAYER, color="tab:red", lw=1, label=f"found by the probe: layer {LAYER}")
+        of_task = [row for row in table if row["task"] == task]
+        for lr in dict.fromkeys(row["lr"] for row in of_task):
+            rows = [row for row in of_task if row["lr"] == lr]
+            layers = [row["layer"] for row in rows]
+            accuracies = [float(row["accuracy"]) for row in rows]
+            axes.plot(layers, accuracies, "o-", ms=4, label=f"lr {lr}")
+        axes.set(xlabel="the one decoder layer that is tuned", ylabel="validation accuracy")
+        axes.set_title(f"{task}, SmolLM2-135M, {SWEEP_STEPS} zeroth-order steps", loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    figure.savefig(SWEEP_FIGURE, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=("sweep", "methods"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=ALL)
+    parser.add_argument("--methods", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--runs", type=Path, default=ROOT / "quality-runs", help="scratch folder")
+    arguments = parser.parse_args()
+    chosen = arguments.tasks or ALL if arguments.data else ()
+    bench, finished = Bench(arguments.data, arguments.runs), Bench(None, arguments.runs)
+    if arguments.study == "sweep":
+        for task in chosen:
+            sweep(bench, task)
+        table = [row for task in ALL for row in sweep(finished, task)]
+        draw_sweep(table)
+        write_table(SWEEP, table)
+    else:
+        for task in chosen:
+            methods(bench, task, arguments.methods)
+        table = [row for task in ALL for row in methods(finished, task, list(CANDIDATES))]
+        write_table(METHODS, table)
+    for row in table:
+        print(*row.values(), sep="\t")
+
+
+if __name__ == "__main__":
+    main()
