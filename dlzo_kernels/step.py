@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import pairwise
 from typing import TypedDict, overload
 
 import torch
@@ -490,7 +490,9 @@ def _collect(layer: Layer) -> list[tuple[str, Tensor, _Numbering]]:
         stream += 1
     if not found:
         raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
-    for (name, a, _), (other, b, _) in combinations(found, 2):
+    # Of tensors in the order of their addresses, any that share memory have a neighbour that does.
+    ordered = sorted(filter(lambda item: item[1].numel(), found), key=lambda i: i[1].data_ptr())
+    for (name, a, _), (other, b, _) in pairwise(ordered):
         if overlap(a, b):
             raise ValueError(f"{name} and {other} share memory; give one of the two")
     return found

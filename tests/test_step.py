@@ -343,6 +343,9 @@ def test_what_cannot_be_tuned_is_refused_by_name():
     w = torch.zeros(10)
     with pytest.raises(ValueError, match="tensor 0 and tensor 1 share memory"):
         zo_step([w[:6], w[5:]], 1, 1e-3, 1e-3)
+    # Neither given one after the other, nor next to each other in memory but for a third.
+    with pytest.raises(ValueError, match="share memory"):
+        zo_step([w[6:8], torch.zeros(2), w[:9], w[3:5]], 1, 1e-3, 1e-3)
     with pytest.raises(ValueError, match="elements of the tensor share memory"):
         zo_step(torch.zeros(1).expand(4), 1, 1e-3, 1e-3)
     with pytest.raises(ValueError, match="not finite"):
