@@ -17,28 +17,33 @@ import argparse
 import csv
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dlzo.config import TrainConfig
 from dlzo.evaluation import Evaluation, evaluate
+from dlzo.learning_rate import find_lr
 from dlzo.models import load_model
+from dlzo.target import Target
+from dlzo.tasks import get_task, load_split
 from dlzo.trainer import resume, train
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS, CURVES = RESULTS / "quality_runs.csv", RESULTS / "quality_curves.csv"
+SEARCHES = RESULTS / "quality_lr.csv"
 SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
 SWEEP_FIGURE = ROOT / "docs" / "sweep.png"
 SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
 ALL = (*SHORT, *LONG)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
-SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, (3e-4, 1e-3), (0, 1)
+SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, ("auto", "0.0003"), (0, 1)
 # Of one layer. At the default, 1e-3, bfloat16 drowns the losses' difference of many layers, and the
 # sweep would show that (docs/numerics.md).
 EPS = 1e-2
@@ -103,6 +108,9 @@ RUN_FIELDS = (
     "threads",
 )
 CURVE_FIELDS = (*KEY, "step", "validation_loss", "validation_accuracy")
+# The line search of lr "auto": the loss of the untuned model, and with the lr that was found.
+SEARCH_KEY = ("task", "method", "layer", "eps", "seed")
+SEARCH_FIELDS = (*SEARCH_KEY, "lr", "untuned_loss", "lowest_loss")
 
 
 class Bench:
@@ -113,12 +121,33 @@ class Bench:
 
     def run(self, method: str, config: TrainConfig, *, test: bool) -> dict[str, str] | None:
         """The row of a run, made now if it is missing and there is data."""
-        layer, eps, lr = ",".join(map(str, config.layers)), f"{config.eps:g}", f"{config.lr:g}"
+        if config.lr == "auto":
+            found = self.search(method, config)
+            return found and self._run(method, replace(config, lr=float(found["lr"])), "auto", test)
+        return self._run(method, config, f"{config.lr:g}", test)
+
+    def search(self, method: str, config: TrainConfig) -> dict[str, str] | None:
+        """The row of a line search, as `run`."""
+        layer, eps = ",".join(map(str, config.layers)), f"{config.eps:g}"
+        key = dict(
+            zip(SEARCH_KEY, (config.task, method, layer, eps, str(config.seed)), strict=True)
+        )
+        if (row := find(SEARCHES, key)) is None and self.data is not None:
+            model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+            target = Target(model, config.layers, config.part)
+            examples = load_split(get_task(config.task), self.data / config.task, "train")
+            lr, losses = find_lr(target, tokenizer, config, examples)
+            found = {"untuned_loss": f"{losses[0.0]:.4f}", "lowest_loss": f"{losses[lr]:.4f}"}
+            append(SEARCHES, SEARCH_FIELDS, [{**key, "lr": f"{lr:g}", **found}])
+            row = find(SEARCHES, key)
+        return row
+
+    def _run(self, method: str, config: TrainConfig, lr: str, test: bool) -> dict[str, str] | None:
+        layer, eps = ",".join(map(str, config.layers)), f"{config.eps:g}"
         run = Run(config.task, method, layer, eps, lr, str(config.seed), str(config.steps))
-        if found := find(run):
+        found = find(RUNS, asdict(run))
+        if found or self.data is None:
             return found
-        if self.data is None:
-            return None
         model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
         out = self.folder / run.name
         if (out / "run.json").exists():
@@ -135,15 +164,15 @@ class Bench:
         row |= {"step_ms": metrics["step_ms_median"], "threads": torch.get_num_threads()}
         append(RUNS, RUN_FIELDS, [row])
         shutil.rmtree(out)
-        return find(run)
+        return find(RUNS, asdict(run))
 
     def zero_shot(self, task: str) -> dict[str, str] | None:
         """The row of the untuned model."""
         run = Run(task, "zero-shot", "", "", "", "", "0")
-        if find(run) is None and self.data is not None:
+        if find(RUNS, asdict(run)) is None and self.data is not None:
             tested = evaluate(*load_model("smollm2", dtype=torch.bfloat16), task, self.data / task)
             append(RUNS, RUN_FIELDS, [asdict(run) | figures("test", tested)])
-        return find(run)
+        return find(RUNS, asdict(run))
 
     def _training_data(self, task: str) -> Path:
         """The task's data with a short test split: a run would score it twice, the bench once."""
@@ -177,11 +206,12 @@ def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) ->
             print(*row.values(), flush=True)
 
 
-def find(run: Run) -> dict[str, str] | None:
-    if not RUNS.exists():
+def find(path: Path, key: dict[str, str]) -> dict[str, str] | None:
+    """The row of a CSV file that has these values."""
+    if not path.exists():
         return None
-    with RUNS.open() as file:
-        return next((r for r in csv.DictReader(file) if Run(*(r[k] for k in KEY)) == run), None)
+    with path.open() as file:
+        return next((row for row in csv.DictReader(file) if key.items() <= row.items()), None)
 
 
 def bisected(count: int, first: int) -> list[int]:
@@ -196,27 +226,50 @@ def bisected(count: int, first: int) -> list[int]:
 def sweep(bench: Bench, task: str) -> list[dict[str, Any]]:
     """Each layer alone, with the same budget: the validation accuracy after the last step."""
     budget = {"steps": SWEEP_STEPS, "eval_every": SWEEP_STEPS, "eps": EPS}
-    grid = [
-        TrainConfig(task, layer=layer, lr=lr, seed=seed, **budget)
-        for seed in SWEEP_SEEDS
-        for lr in SWEEP_LRS
-        for layer in bisected(LAYERS, LAYER)
-    ]
-    rows = [row for config in grid if (row := bench.run("dominant", config, test=False))]
+    rows, searches = [], []
+    for seed in SWEEP_SEEDS:
+        configs = [
+            TrainConfig(task, layer=layer, lr="auto", seed=seed, **budget)
+            for layer in bisected(LAYERS, LAYER)
+        ]
+        # All searches first: they alone show the curve.
+        searches += [bench.search("dominant", config) for config in configs]
+        for lr in SWEEP_LRS:
+            rows += [
+                bench.run("dominant", replace(c, lr=parse_lr(lr)), test=False) for c in configs
+            ]
     return [
         {
             "task": task,
             "layer": layer,
-            "lr": lr,
-            "seeds": len(found),
-            "accuracy": f"{mean(found):.4f}",
-            "loss": f"{mean(float(r['final_validation_loss']) for r in of_layer):.4f}",
+            "found_lr": mean_of("lr", searched, "g"),
+            "lowest_loss_of_search": mean_of("lowest_loss", searched),
+            **{
+                f"{name}, lr {lr}": mean_of(f"final_validation_{name}", found)
+                for lr, found in by_lr(of_layer(layer, rows)).items()
+                for name in ("loss", "accuracy")
+            },
+            "seeds": len(searched),
         }
-        for lr in dict.fromkeys(row["lr"] for row in rows)
         for layer in range(LAYERS)
-        if (of_layer := [r for r in rows if (r["layer"], r["lr"]) == (str(layer), lr)])
-        and (found := [float(row["final_validation_accuracy"]) for row in of_layer])
+        if (searched := of_layer(layer, searches))
     ]
+
+
+def parse_lr(lr: str) -> float | Literal["auto"]:
+    return lr if lr == "auto" else float(lr)
+
+
+def of_layer(layer: int, rows: Iterable[dict[str, str] | None]) -> list[dict[str, str]]:
+    return [row for row in rows if row and row["layer"] == str(layer)]
+
+
+def by_lr(rows: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    return {lr: [row for row in rows if row["lr"] == lr] for lr in SWEEP_LRS}
+
+
+def mean_of(name: str, rows: Sequence[dict[str, str]], form: str = ".4f") -> str:
+    return f"{mean(float(row[name]) for row in rows):{form}}" if rows else ""
 
 
 def methods(bench: Bench, task: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -258,6 +311,8 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
 
 
 def write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    if not table:
+        raise SystemExit(f"{RUNS} has no such runs: give --data")
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
@@ -266,21 +321,29 @@ def write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
 
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in table))
-    figure = Figure(figsize=(9, 3.4 * len(tasks)), layout="constrained")
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
-        axes.axvline(LAYER, color="tab:red", lw=1, label=f"found by the probe: layer {LAYER}")
-        of_task = [row for row in table if row["task"] == task]
-        for lr in dict.fromkeys(row["lr"] for row in of_task):
-            rows = [row for row in of_task if row["lr"] == lr]
-            layers = [row["layer"] for row in rows]
-            accuracies = [float(row["accuracy"]) for row in rows]
-            axes.plot(layers, accuracies, "o-", ms=4, label=f"lr {lr}")
-        axes.set(xlabel="the one decoder layer that is tuned", ylabel="validation accuracy")
-        axes.set_title(f"{task}, SmolLM2-135M, {SWEEP_STEPS} zeroth-order steps", loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
+    figure = Figure(figsize=(11, 3.6 * len(tasks)), layout="constrained")
+    for (left, right), task in zip(
+        figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True
+    ):
+        rows = [row for row in table if row["task"] == task]
+        plot(left, rows, "lowest_loss_of_search", "32 steps at once, best lr")
+        left.set(ylabel="training loss", title=f"{task}: a line search, each layer")
+        for lr in SWEEP_LRS:
+            plot(right, rows, f"accuracy, lr {lr}", f"lr {lr}")
+        right.set(ylabel="validation accuracy", title=f"{task}: {SWEEP_STEPS} steps, each layer")
+        for axes in (left, right):
+            axes.axvline(LAYER, color="tab:red", lw=1, label=f"the probe's layer, {LAYER}")
+            axes.set_xlabel("the one decoder layer that is tuned")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
+            axes.grid(alpha=0.3)
     figure.savefig(SWEEP_FIGURE, dpi=120)
+
+
+def plot(axes: Axes, rows: Sequence[dict[str, Any]], name: str, label: str) -> None:
+    points = [(row["layer"], float(row[name])) for row in rows if row[name]]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
 
 
 def main() -> None:
@@ -297,8 +360,8 @@ def main() -> None:
         for task in chosen:
             sweep(bench, task)
         table = [row for task in ALL for row in sweep(finished, task)]
-        draw_sweep(table)
         write_table(SWEEP, table)
+        draw_sweep(table)
     else:
         for task in chosen:
             methods(bench, task, arguments.methods)

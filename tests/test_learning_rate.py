@@ -41,9 +41,7 @@ def data(tmp_path):
 
 def search(model, data, config):
     target = Target(model, config.layers, config.part)
-    scorer = Scorer(model, TOKENIZER, target.decoder_layers)
-    train_set = scorer.encode(load_split(get_task("sst2"), data, "train"))
-    return find_lr(target, scorer, train_set, config)
+    return find_lr(target, TOKENIZER, config, load_split(get_task("sst2"), data, "train"))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedTokenizerBase
+
 from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.evaluation import score
@@ -22,7 +24,7 @@ from dlzo.sampler import batch_indices
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.step import take_step, with_lr
 from dlzo.target import Target
-from dlzo.tasks import get_task
+from dlzo.tasks import Example, get_task
 
 STEPS = 32
 EXAMPLES = 128  # on which the losses are compared
@@ -31,7 +33,10 @@ _ENOUGH = 1.05  # times the untuned loss: beyond it no larger lr is tried
 
 
 def find_lr(
-    target: Target, scorer: Scorer, train_set: Sequence[EncodedExample], config: TrainConfig
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    examples: Sequence[Example],
 ) -> tuple[float, dict[float, float]]:
     """The learning rate for a run; costs about as much as 50 steps.
 
@@ -40,9 +45,9 @@ def find_lr(
 
     Args:
         target: what is tuned.
-        scorer: of its layers.
-        train_set: encoded by it.
+        tokenizer: of its model.
         config: of the run; its lr is not looked at.
+        examples: to train on.
 
     Returns:
         The rate with the lowest loss, and the losses by rate: doubled from far too small ones on,
@@ -54,6 +59,9 @@ def find_lr(
     # With lr = 0 a step leaves every bit.
     still = replace(config, lr=0.0)
     rule, weights = rule_of(config), target.weights()
+    task = get_task(config.task)
+    scorer = Scorer(target.model, tokenizer, target.decoder_layers, loss=task.loss)
+    train_set = scorer.encode(task.drawn(examples))
 
     def batch(number: int) -> list[EncodedExample]:
         size = len(train_set)
@@ -70,7 +78,7 @@ def find_lr(
     def loss(lr: float) -> float:
         rule.replay(target.modules, [with_lr(step, lr, config) for step in steps])
         try:
-            return loss_of(score(scorer, get_task(config.task), judged))
+            return loss_of(score(scorer, task, judged))
         finally:
             target.restore(weights)
 

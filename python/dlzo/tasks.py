@@ -71,6 +71,12 @@ class Task:
     loss: TrainingLoss = "options"
     metric: Metric = "accuracy"
 
+    def drawn(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """What steps are taken on: where the gold option alone counts, the others are left out."""
+        if self.loss == "gold":
+            return [example.gold_only() for example in examples]
+        return examples
+
 
 def _texts(*names: str) -> tuple[Field, ...]:
     return tuple(Field((name,), "a string", lambda value: isinstance(value, str)) for name in names)

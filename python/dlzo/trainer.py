@@ -99,7 +99,10 @@ def train(
         examples = _load_examples(config, data_dir)
         layers = distributed.from_first_rank(lambda: _find_layers(model, tokenizer, config))
         target = Target(model, layers, config.part)
-        config = replace(config, layer=layers, lr=_find_lr(target, tokenizer, config, examples))
+        config = replace(config, layer=layers)
+        if config.lr == "auto":
+            lr, _ = find_lr(target, tokenizer, config, examples["train"])
+            config = replace(config, lr=lr)
         run = _Run(target, tokenizer, config, examples, out)
         untuned = run.evaluate_untuned()
         settings = {
@@ -172,7 +175,7 @@ class _Run:
         self.scorer = Scorer(model, tokenizer, layers, loss=self.task.loss, cache=cache)
         # Without the cache, as in `evaluate`: the same bits.
         self.test_scorer = Scorer(model, tokenizer, loss=self.task.loss)
-        self.train_set = self.scorer.encode(_drawn(config, examples))
+        self.train_set = self.scorer.encode(self.task.drawn(examples["train"]))
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]
         self.header = _header(base_fields(target), config, fingerprint(examples))
@@ -431,24 +434,3 @@ def _find_layers(
             f"choose one of its {len(decoder_layers(model))} with --layer"
         )
     return (decision.layer,)
-
-
-def _find_lr(
-    target: Target,
-    tokenizer: PreTrainedTokenizerBase,
-    config: TrainConfig,
-    examples: Mapping[Split, Sequence[Example]],
-) -> float:
-    """The learning rate: that given, or what a line search finds."""
-    if config.lr != "auto":
-        return config.lr
-    scorer = Scorer(target.model, tokenizer, target.decoder_layers, loss=get_task(config.task).loss)
-    found, _ = find_lr(target, scorer, scorer.encode(_drawn(config, examples)), config)
-    return found
-
-
-def _drawn(config: TrainConfig, examples: Mapping[Split, Sequence[Example]]) -> Sequence[Example]:
-    """The examples that steps are taken on."""
-    if get_task(config.task).loss == "gold":
-        return [example.gold_only() for example in examples["train"]]
-    return examples["train"]
