@@ -1,9 +1,8 @@
-"""lr = "auto": a line search along some first steps, taken at once."""
+"""lr = "auto": short trials of the run."""
 
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -12,14 +11,11 @@ import torch
 from dlzo import learning_rate
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation
-from dlzo.learning_rate import DOUBLINGS, STEPS, find_lr
-from dlzo.models import decoder_layers
-from dlzo.sampler import batch_indices, step_seed
+from dlzo.learning_rate import find_lr
 from dlzo.scoring import Scorer
 from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import resume, train
-from dlzo_kernels import gaussian, zo_step
 from runs import CONFIG, TOKENIZER, result, same, state, write_data
 from tiny import tiny_model
 
@@ -34,6 +30,14 @@ METHODS = {
 }
 
 
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def short_trials(monkeypatch):
+    monkeypatch.setattr(learning_rate, "STEPS", STEPS)
+
+
 @pytest.fixture
 def data(tmp_path):
     return write_data(tmp_path / "data")
@@ -45,55 +49,59 @@ def search(model, data, config):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_finds_a_rate_that_helps_and_leaves_every_bit(data, name, dtype):
-    model = tiny_model(dtype=dtype)
+def test_finds_a_rate_that_helps_and_leaves_every_bit(data, name):
+    model = tiny_model(dtype=torch.bfloat16)
     before = state(model)
-    lr, losses = search(model, data, replace(CONFIG, **METHODS[name]))
+    lr, losses = search(model, data, replace(CONFIG, **METHODS[name], steps=STEPS))
     assert same(state(model), before)
-    assert losses[lr] == min(losses.values()) < losses[0.0]
-    rates = list(losses)
-    assert rates == sorted(rates)
-    # The first one is too small to matter, the last one far too large.
-    assert rates[1] < lr < rates[-1] or len(rates) == DOUBLINGS + 1
+    (_, untuned), *tried = losses.items()
+    assert [rate for rate, _ in tried] == sorted(rate for rate, _ in tried)
+    best = min(range(len(tried)), key=lambda i: tried[i][1])
+    assert tried[best][1] < untuned
+    assert 0 < best < len(tried) - 1  # a worse one on either side
+    assert tried[best][0] / 2 <= lr <= tried[best][0] * 2
 
 
-def test_losses_are_those_of_the_steps_taken_at_once(data):
-    config = replace(CONFIG, batch_size=8)
-    model = tiny_model()
-    lr, losses = search(model, data, config)
-    layer, base = decoder_layers(model)[1], deepcopy(decoder_layers(model)[1].state_dict())
+def test_a_trial_is_the_beginning_of_the_run(data, tmp_path):
+    config = replace(CONFIG, steps=6)
+    _, losses = search(tiny_model(), data, config)
+    model, rate = tiny_model(), list(losses)[1]
+    # The last step counts, not the best one.
+    final = []
     scorer = Scorer(model, TOKENIZER)
     train_set = scorer.encode(load_split(get_task("sst2"), data, "train"))
 
-    def loss(number: int) -> float:
-        indices = batch_indices(config.seed, number, len(train_set), 8)
-        return scorer.losses(scorer.plan([train_set[i] for i in indices]))[0]
+    def on_progress(entry):
+        if entry["step"] == 6:
+            final.append(scorer.losses(scorer.plan(train_set))[0])
 
-    moved = {name: weight.double() for name, weight in base.items()}
-    for number in range(1, STEPS + 1):
-        seed = step_seed(config.seed, number)
-        step = zo_step(layer, seed, config.eps, 0.0, closure=lambda n=number: loss(n))
-        for stream, (name, weight) in enumerate(base.items()):
-            z = gaussian(weight.shape, seed, stream=stream)
-            moved[name] -= lr * step.projected_grad * z.double()
-    # An epoch has five batches: they are all there is to judge by.
-    untuned = sum(map(loss, range(1, 6))) / 5
-    layer.load_state_dict(moved)
-    assert losses[0.0] == pytest.approx(untuned, rel=1e-5)
-    assert losses[lr] == pytest.approx(sum(map(loss, range(1, 6))) / 5, rel=1e-4)
+    config = replace(config, lr=rate)
+    train(model, TOKENIZER, config, data, tmp_path / "out", on_progress=on_progress)
+    # An epoch has five batches of eight: they are all there is to judge by.
+    assert losses[rate] == pytest.approx(final[0], rel=1e-5)
 
 
-def test_a_run_with_it_beats_one_with_a_tenth_and_one_with_tenfold(data, tmp_path):
-    def best(lr):
-        config = replace(CONFIG, lr=lr)
-        return train(tiny_model(), TOKENIZER, config, data, tmp_path / f"{lr}")
+def test_more_steps_bear_a_smaller_rate(data):
+    rates = [search(tiny_model(), data, replace(CONFIG, steps=n))[0] for n in (8, 32, 800)]
+    assert rates[0] / rates[1] == pytest.approx(2, rel=0.06)
+    assert rates[0] / rates[2] == pytest.approx(10, rel=0.06)
 
-    found = best("auto")
-    lr, loss = found["lr"], found["final"]["loss"]
-    assert loss < found["history"][0]["validation_loss"]
-    assert loss < best(lr / 10)["final"]["loss"]
-    assert loss < best(lr * 10)["final"]["loss"]
+
+@pytest.mark.parametrize(
+    "losses, expected, tried",
+    [
+        ({-1: 3, 0: 1, 1: 3}, 0, [-1, 0, 1]),
+        ({-1: 2, 0: 1, 1: 1.5}, 1 / 6, [-1, 0, 1]),
+        ({-3: 4, -2: 1, -1: 3, 0: 8}, -2 + 1 / 10, [-3, -2, -1, 0]),
+        ({-1: 4, 0: 3, 1: 2, 2: 1, 3: float("inf")}, 2, [0, 1, 2, 3]),
+        # Far too large at first: down until it helps.
+        ({-4: 4, -3: 2, -2: 9, -1: 9, 0: float("inf")}, -3 - 5 / 18, [-4, -3, -2, -1, 0]),
+    ],
+)
+def test_climbs_to_the_lowest_loss(losses, expected, tried):
+    found = learning_rate._climb(losses.__getitem__, untuned=5)
+    assert sorted(found) == tried
+    assert learning_rate._lowest(found) == pytest.approx(expected)
 
 
 def test_a_run_keeps_the_number_that_was_found(data, tmp_path):
@@ -116,7 +124,7 @@ def test_where_no_rate_helps_it_says_so_and_leaves_the_weights(data, monkeypatch
     model = tiny_model()
     before, losses = state(model), iter(range(1, 99))
     monkeypatch.setattr(learning_rate, "score", lambda *_: Evaluation(loss=float(next(losses))))
-    with pytest.raises(UserError, match=r"with none the loss falls below 1\.0000: give a number"):
+    with pytest.raises(UserError, match=r"none tried the loss falls below 1\.0000: give a number"):
         search(model, data, CONFIG)
     assert same(state(model), before)
 

@@ -38,7 +38,7 @@ class TrainConfig:
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
-        lr: learning rate; "auto" to find it by a line search. The default suits one layer of a
+        lr: learning rate; "auto" to find it by short trials. The default suits one layer of a
             model of 0.1 billion parameters, a tenth of it all of them; for 7 billion, 1e-7 to 5e-6.
         lr_decay: how it falls towards 0 over the steps: "none", "linear" or "cosine".
         lr_per_spread: whether each step divides it by the standard deviation of its own losses, as

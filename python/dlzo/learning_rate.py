@@ -1,17 +1,18 @@
-"""A learning rate by forward passes: a line search along some first steps, all taken at once.
+"""`lr="auto"`: a learning rate by short trials.
 
-To second order and on average, a step with projected gradient p along a Gaussian z changes the loss
-by -lr |g|^2 + lr^2 / 2 E[p^2] tr H, with gradient g and Hessian H: MeZO's descent lemma (arXiv
-2305.17333, section 4). K such steps from the same weights, taken at once, change it by K times that
-and by lr^2 K^2 / 2 g'Hg, which is small for few steps in many dimensions. So one lr is the best for
-both, and the sum is large enough to be seen on a few examples.
+A trial takes the first steps of the run with one rate, from the untuned weights, and judges by the
+loss on examples that these steps did not see. Rates lie a factor of four apart, and the best one is
+interpolated. What the rate bears is limited by the noise that steps leave in the weights, a random
+walk: so it falls with the square root of their number (docs/tuning.md has what was measured).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,17 +20,21 @@ from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.evaluation import score
 from dlzo.metrics import loss_of
+from dlzo.records import Step
 from dlzo.rule import rule_of
 from dlzo.sampler import batch_indices
-from dlzo.scoring import EncodedExample, Scorer
+from dlzo.scoring import PrefixCache, Scorer
 from dlzo.step import take_step, with_lr
 from dlzo.target import Target
 from dlzo.tasks import Example, get_task
+from dlzo_kernels import update_scales
 
-STEPS = 32
+STEPS = 32  # of a trial, at most
 EXAMPLES = 128  # on which the losses are compared
-DOUBLINGS = 16
-_ENOUGH = 1.05  # times the untuned loss: beyond it no larger lr is tried
+_FACTOR = 4.0
+_MOST_TRIALS = 12
+# Trials begin where the first steps would add so much to a weight, root mean square.
+_FIRST_MOVE, _FIRST_STEPS = 4e-3, 8
 
 
 def find_lr(
@@ -38,10 +43,7 @@ def find_lr(
     config: TrainConfig,
     examples: Sequence[Example],
 ) -> tuple[float, dict[float, float]]:
-    """The learning rate for a run; costs about as much as 50 steps.
-
-    Projected gradients are taken at the untuned weights on the first batches of the run, losses on
-    the last ones of its first epoch. The weights are left as they were.
+    """The learning rate for a run; takes some 100 to 150 steps, and leaves every weight as it was.
 
     Args:
         target: what is tuned.
@@ -50,54 +52,99 @@ def find_lr(
         examples: to train on.
 
     Returns:
-        The rate with the lowest loss, and the losses by rate: doubled from far too small ones on,
-        and with 0.
+        The rate, and the loss by rate of the trials, with that of the untuned weights at 0.
 
     Raises:
-        UserError: the losses are all the same or not finite, or fall with no rate.
+        UserError: no loss is below that of the untuned weights, or that is not finite.
     """
-    # With lr = 0 a step leaves every bit.
-    still = replace(config, lr=0.0)
-    rule, weights = rule_of(config), target.weights()
-    task = get_task(config.task)
-    scorer = Scorer(target.model, tokenizer, target.decoder_layers, loss=task.loss)
-    train_set = scorer.encode(task.drawn(examples))
-
-    def batch(number: int) -> list[EncodedExample]:
-        size = len(train_set)
-        return [train_set[i] for i in batch_indices(config.seed, number, size, config.batch_size)]
-
-    steps = [
-        take_step(rule, target, scorer, batch(number), still, number, math.inf)
-        for number in range(1, STEPS + 1)
-    ]
-    last = len(train_set) // config.batch_size
-    first = max(1, last + 1 - max(1, EXAMPLES // config.batch_size))
-    judged = [example for number in range(first, last + 1) for example in batch(number)]
-
-    def loss(lr: float) -> float:
-        rule.replay(target.modules, [with_lr(step, lr, config) for step in steps])
-        try:
-            return loss_of(score(scorer, task, judged))
-        finally:
-            target.restore(weights)
-
-    losses = {0.0: loss(0.0)}
-    norm = math.sqrt(
-        sum(g * g * with_lr(s, 1.0, config).lr ** 2 for s in steps for g in s.gradients)
-    )
-    if not (math.isfinite(losses[0.0] + norm) and norm > 0):
+    trials = _Trials(target, tokenizer, config, examples)
+    untuned, move = trials.loss(), trials.first_move()
+    if not (math.isfinite(untuned + move) and move > 0):
         raise UserError("lr is 'auto' and losses are equal or not finite: give a number as --lr")
-    lr = config.eps * config.directions / (8 * norm)
-    for _ in range(DOUBLINGS):
-        lr = float(f"{2 * lr:.1e}")
-        losses[lr] = loss(lr)
-        if not losses[lr] <= _ENOUGH * losses[0.0]:
-            break
-    best = min(losses, key=losses.__getitem__)
-    if best == 0:
+    start = _FIRST_MOVE / move
+    losses = _climb(lambda power: trials.loss_after(start * _FACTOR**power), untuned)
+    if min(losses.values()) >= untuned:
         raise UserError(
-            f"lr is 'auto' and with none the loss falls below {losses[0.0]:.4f}: give a number as "
-            "--lr, or tune another layer"
+            f"lr is 'auto' and with none tried the loss falls below {untuned:.4f}: give a number "
+            "as --lr, or tune another layer"
         )
-    return best, losses
+    lr = start * _FACTOR ** _lowest(losses) * math.sqrt(trials.steps / config.steps)
+    tried = {start * _FACTOR**power: loss for power, loss in sorted(losses.items())}
+    return float(f"{lr:.2g}"), {0.0: untuned, **tried}
+
+
+class _Trials:
+    """The first steps of a run, to be taken and taken back."""
+
+    def __init__(
+        self,
+        target: Target,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        examples: Sequence[Example],
+    ) -> None:
+        self.target, self.config, self.rule = target, config, rule_of(config)
+        self.task, self.weights = get_task(config.task), target.weights()
+        cache, layers = PrefixCache(config.prefix_cache_mb * 10**6), target.decoder_layers
+        model = target.model
+        self.scorer = Scorer(model, tokenizer, layers, loss=self.task.loss, cache=cache)
+        train_set = self.scorer.encode(self.task.drawn(examples))
+        size, count = len(train_set), config.batch_size
+        self.steps, epoch = min(STEPS, config.steps), size // count
+        last = max(1, epoch + 1 - math.ceil(EXAMPLES / count))
+        self.batches, judged = (
+            [[train_set[i] for i in batch_indices(config.seed, n, size, count)] for n in numbers]
+            for numbers in (range(1, self.steps + 1), range(last, epoch + 1))
+        )
+        self.judged = [example for batch in judged for example in batch]
+        drawn = [example for batch in self.batches for example in batch]
+        self.scorer.cache_prefixes([*self.judged, *drawn])
+
+    def loss(self) -> float:
+        """Of the weights as they are."""
+        return loss_of(score(self.scorer, self.task, self.judged))
+
+    def first_move(self) -> float:
+        """Root mean square of what a step with an lr of 1 adds to a weight of the untuned layer."""
+        # With lr = 0 a step leaves every bit.
+        still = islice(self._take(0.0), _FIRST_STEPS)
+        steps = [with_lr(step, 1.0, self.config) for step in still]
+        scales = [scale for step in steps for scale in update_scales(step.lr, step.gradients)]
+        return math.sqrt(sum(scale * scale for scale in scales) / len(steps))
+
+    def loss_after(self, lr: float) -> float:
+        """The loss when the steps are taken; then the weights are again as they were."""
+        try:
+            deque(self._take(lr), maxlen=0)
+            return self.loss()
+        finally:
+            self.target.restore(self.weights)
+
+    def _take(self, lr: float) -> Iterator[Step]:
+        config = replace(self.config, lr=lr, lr_decay="none")
+        for number, batch in enumerate(self.batches, start=1):
+            args = self.rule, self.target, self.scorer, batch, config, number
+            yield take_step(*args, max_loss=math.inf)
+
+
+def _climb(trial: Callable[[int], float], untuned: float) -> dict[int, float]:
+    """Losses by powers of the factor, such that the best power has a worse one on either side."""
+    losses = {0: trial(0)}
+    while len(losses) < _MOST_TRIALS:
+        best = min(losses, key=losses.__getitem__)
+        # Where nothing helps, the rates are too large.
+        wanted = (best + 1, best - 1) if losses[best] < untuned else (min(losses) - 1,)
+        power = next((power for power in wanted if power not in losses), None)
+        if power is None:
+            break
+        losses[power] = trial(power)
+    return losses
+
+
+def _lowest(losses: dict[int, float]) -> float:
+    """Where a parabola through the lowest loss and its neighbours is lowest."""
+    best = min(losses, key=losses.__getitem__)
+    left, right = (losses.get(power, math.inf) - losses[best] for power in (best - 1, best + 1))
+    if not 0 < left + right < math.inf:
+        return best
+    return best + (left - right) / (2 * (left + right))
