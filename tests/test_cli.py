@@ -95,6 +95,20 @@ def test_parts_of_several_layers_are_tuned_and_named(run, model, data, tmp_path)
     assert code == 0 and "the MLP of layers 1 and 3 written to" in text
 
 
+def test_lora_is_tuned_and_named(run, model, data, tmp_path):
+    out, found = tmp_path / "out", tmp_path / "eval.json"
+    code, text, _ = run(*train_arguments(model, data, out, "--method", "lora", "--rank", 4))
+    assert code == 0 and "LoRA on layer 1" in text
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+    common = ["--task", "sst2", "--data", data, "--dtype", "float32", "--json", found]
+    assert run("eval", model, "--adapter", out, *common)[0] == 0
+    assert json.loads(found.read_text()) == json.loads((out / "metrics.json").read_text())["test"]
+    code, text, _ = run("replay", model, out / "journal.zo", "--out", tmp_path / "rebuilt")
+    assert code == 0 and "LoRA on layer 1 written to" in text
+    code, text, _ = run("train", "--resume", out)
+    assert code == 0 and "LoRA on layer 1" in text
+
+
 def test_probe_writes_what_it_shows(run, model, tmp_path):
     report, plot, text = tmp_path / "r.json", tmp_path / "p.svg", tmp_path / "t.txt"
     text.write_text("one text\n\nand another")
@@ -147,6 +161,7 @@ BAD = {
     "layers text": ("--layer 1,", "'1,'"),
     "part": ("--part head", "'head'"),
     "mezo with a layer": ("--method mezo", "leave out layer"),
+    "lora with a part": ("--method lora --part mlp", "part is 'mlp'"),
     "negative layer": ("--layer -1", "layer is -1"),
     "eps": ("--eps 0", "eps is 0.0"),
     "eps nan": ("--eps nan", "eps is nan"),

@@ -138,7 +138,7 @@ def train_command(
     data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     method: Annotated[
-        str, typer.Option(help="dominant; mezo, all parameters; lozo, these by low rank.")
+        str, typer.Option(help="dominant; mezo, all parameters; lozo, these by low rank; lora.")
     ] = _DEFAULTS.method,
     layer: Annotated[
         str, typer.Option(help="Decoder layer, or several as in 5,11; 'auto' to probe for it.")
@@ -167,7 +167,9 @@ def train_command(
     prefix_cache_dir: Annotated[
         Path | None, typer.Option(help="Folder for what does not fit into it.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of lozo's directions.")] = _DEFAULTS.rank,
+    rank: Annotated[
+        int | None, typer.Option(help="Of lozo's directions (2), or of lora's adapters (8).")
+    ] = None,
     interval: Annotated[
         int, typer.Option(help="Steps in a subspace of lozo.")
     ] = _DEFAULTS.interval,
@@ -236,8 +238,8 @@ def replay_command(
     loaded, _ = load_model(model, dtype=parse_dtype(Reader(journal).header.dtype))
     reader = replay(loaded, journal, out, until=until)
     warn(reader)
-    header = reader.header
-    tuned = describe(header.layers, header.settings.get("part", "all"))
+    layers, settings = reader.header.layers, reader.header.settings
+    tuned = describe(layers, settings.get("part", "all"), settings.get("method"))
     console.print(f"{tuned} written to {out}", highlight=False)
 
 
@@ -417,7 +419,7 @@ def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
 
 def _summary(metrics: Metrics) -> Table:
     """The four evaluations of a run, and what it cost."""
-    tuned = describe(metrics["layers"], metrics["part"])
+    tuned = describe(metrics["layers"], metrics["part"], metrics["method"])
     table = Table(title=f"{metrics['task']}, {tuned}, {metrics['dtype']}")
     measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
     for heading in ("", "split", *measured, "loss"):

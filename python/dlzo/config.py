@@ -11,9 +11,10 @@ from typing import Any, get_type_hints
 from dlzo.errors import UserError
 
 DECAYS = ("none", "linear", "cosine")
-METHODS = ("dominant", "mezo", "lozo")
+METHODS = ("dominant", "mezo", "lozo", "lora")
 PARTS = ("all", "attention", "mlp")
 MAX_RANK = 1024  # a larger one is not low, and takes memory
+_LORA_RANK, _LOZO_RANK = 8, 2  # as in MeZO and in LOZO
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
     **dict.fromkeys(("rank", "interval"), 1),
@@ -31,9 +32,10 @@ class TrainConfig:
             (arXiv 2305.17333) on all parameters of the model, but exact, from a float32 master of
             all of them: 4 bytes a parameter beside the weights and a copy of the best ones;
             "lozo" (arXiv 2410.07698) on all parameters or the given layers, along directions of
-            low rank, as exact.
+            low rank, as exact; "lora" on LoRA adapters of all layers or of the given ones, by PEFT,
+            with MeZO's choice of matrices (it has eps 1e-2 and lr 5e-5 to 1e-4 for them).
         layer: index of the tuned decoder layer, or of several; None to let the probe find it, or
-            for all parameters, by the method.
+            for all of them, by the method.
         part: what of the layer is tuned: "all", "attention" or "mlp".
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
@@ -50,7 +52,7 @@ class TrainConfig:
         prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
             change; 0 computes them anew at each step.
         prefix_cache_dir: folder for those beyond it, found again by later runs; None keeps none.
-        rank: of the directions of "lozo".
+        rank: of the directions of "lozo", or of the adapters of "lora"; None for 2 or 8.
         interval: steps for which "lozo" stays in one subspace.
         directions: perturbations in a step, whose updates are averaged.
         sync_steps: steps from one fsync of the journal to the next: what a power cut may take.
@@ -75,7 +77,7 @@ class TrainConfig:
     eval_every: int = 100
     prefix_cache_mb: int = 1000
     prefix_cache_dir: str | None = None
-    rank: int = 2
+    rank: int | None = None
     interval: int = 50
     directions: int = 1
     sync_steps: int = 100
@@ -99,12 +101,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
+        if self.rank is None:
+            object.__setattr__(self, "rank", _LORA_RANK if self.method == "lora" else _LOZO_RANK)
         if self.part not in PARTS:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
             raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
         if self.method == "mezo" and self.layers:
             raise UserError("method 'mezo' tunes all parameters: leave out layer")
+        if self.method == "lora" and self.part != "all":
+            raise UserError(f"part is {self.part!r} and method 'lora' has its own: leave it out")
         if self.method != "dominant" and self.part != "all" and not self.layers:
             raise UserError(f"part is {self.part!r} of all parameters: leave it out")
         for name, least in _LEAST.items():

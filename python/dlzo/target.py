@@ -1,9 +1,10 @@
-"""What a run tunes: decoder layers, the attention or the MLP of these, or the whole model."""
+"""What a run tunes: decoder layers, a part of these or adapters in them, or the whole model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dlzo.config import PARTS
 from dlzo.errors import UserError
+from dlzo.lora import Adapters, Lora, take_out
 from dlzo.models import decoder_layers, layer_parts
 
 
@@ -23,16 +25,18 @@ class Target:
     Attributes:
         model: all of it.
         layers: indices of the tuned decoder layers, lowest first; none: the whole model is tuned,
-            embeddings and output embeddings too.
+            embeddings and output embeddings too, or the adapters of all layers.
         part: what of these layers: "all", "attention" or "mlp".
+        lora: of the adapters that are tuned alone: the target puts them into the model.
 
     Raises:
-        UserError: the model has no such layer, or the layer no such part.
+        UserError: the model has no such layer, or the layer no such part, or no adapter fits.
     """
 
     model: PreTrainedModel
     layers: tuple[int, ...]
     part: str = "all"
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         count = len(decoder_layers(self.model))
@@ -54,8 +58,17 @@ class Target:
         return [layers[i] for i in self.layers]
 
     @cached_property
+    def adapters(self) -> Adapters | None:
+        """The adapters, if it is these that are tuned."""
+        if self.lora is None:
+            return None
+        return Adapters(self.model, self.decoder_layers or decoder_layers(self.model), self.lora)
+
+    @cached_property
     def modules(self) -> list[nn.Module]:
         """What holds the tuned parameters; their streams of noise are numbered through it."""
+        if self.adapters is not None:
+            return self.adapters.matrices
         if not self.layers:
             return [self.model]
         if self.part == "all":
@@ -76,8 +89,8 @@ class Target:
         return self._streams[id(self.parameters[name])]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as they are now."""
-        return weights_fingerprint(self.modules)
+        """SHA-256 of the weights as they are now; adapters with what they stand beside."""
+        return weights_fingerprint(self.modules if self.adapters is None else self.adapters.modules)
 
     def weights(self) -> list[torch.Tensor]:
         """A copy of the weights as they are now."""
@@ -89,18 +102,30 @@ class Target:
         for parameter, kept in zip(self.parameters.values(), weights, strict=True):
             parameter.copy_(kept)
 
+    @contextmanager
+    def undone_by_error(self) -> Iterator[Target]:
+        """Takes the adapters out of the model again where the `with` ends in an error."""
+        try:
+            yield self
+        except BaseException:
+            if self.adapters is not None:
+                take_out(self.model)
+            raise
+
     @cached_property
     def _streams(self) -> dict[int, int]:
         own = dict.fromkeys(id(p) for module in self.modules for p in module.parameters())
         return {parameter: i for i, parameter in enumerate(own)}
 
 
-def describe(layers: Sequence[int], part: str) -> str:
-    """What is tuned, in words: "layer 11", "the MLP of layers 5 and 11"."""
+def describe(layers: Sequence[int], part: str, method: str | None = None) -> str:
+    """What is tuned, in words: "layer 11", "the MLP of layers 5 and 11", "LoRA on layer 11"."""
     if not layers:
-        return "all parameters"
+        return "LoRA on all layers" if method == "lora" else "all parameters"
     numbers = " and ".join(filter(None, (", ".join(map(str, layers[:-1])), str(layers[-1]))))
     which = f"layer{'s' if len(layers) > 1 else ''} {numbers}"
+    if method == "lora":
+        return f"LoRA on {which}"
     return which if part == "all" else f"the {'MLP' if part == 'mlp' else part} of {which}"
 
 

@@ -24,6 +24,7 @@ from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
 from dlzo.journal import Reader, Writer, create
+from dlzo.lora import Lora
 from dlzo.metrics import (
     HistoryEntry,
     Metrics,
@@ -98,8 +99,6 @@ def train(
         examples = _load_examples(config, data_dir)
         layers = distributed.from_first_rank(lambda: _find_layers(model, tokenizer, config))
         config = replace(config, layer=layers)
-        run = _Run(Target(model, layers, config.part), tokenizer, config, examples, out)
-        untuned = run.evaluate_untuned()
         settings = {
             "model": absolute_name(model.name_or_path),
             "dtype": dtype_name(model),
@@ -107,9 +106,12 @@ def train(
             "config": asdict(config),
         }
         with ExitStack() as stack:
-            distributed.from_first_rank(
-                lambda: stack.enter_context(new_run(out, settings, overwrite=overwrite))
-            )
+            with _target(model, layers, config).undone_by_error() as target:
+                run = _Run(target, tokenizer, config, examples, out)
+                untuned = run.evaluate_untuned()
+                distributed.from_first_rank(
+                    lambda: stack.enter_context(new_run(out, settings, overwrite=overwrite))
+                )
             return run.complete(started, on_progress, untuned)
 
 
@@ -139,8 +141,9 @@ def resume(
             return metrics
         config = parse_config(settings["config"], out)
         examples = _load_examples(config, settings["data"])
-        target = Target(model, _find_layers(model, tokenizer, config), config.part)
-        run = _Run(target, tokenizer, config, examples, out)
+        layers = _find_layers(model, tokenizer, config)
+        with _target(model, layers, config).undone_by_error() as target:
+            run = _Run(target, tokenizer, config, examples, out)
         return run.complete(started, on_progress)
 
 
@@ -202,7 +205,9 @@ class _Run:
         distributed.check_equal(self._digest, "the model, the data or the settings")
         try:
             with ExitStack() as stack:
-                self._catch_up(distributed.from_first_rank(lambda: self._open_journal(stack)))
+                with self.target.undone_by_error():
+                    records = distributed.from_first_rank(lambda: self._open_journal(stack))
+                self._catch_up(records)
                 if self.progress.untuned is None:
                     self._record(Event(0, "untuned", untuned or self.evaluate_untuned()))
                 if not self._is_validated(self.config.steps):
@@ -419,10 +424,15 @@ def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, lis
     return examples
 
 
+def _target(model: PreTrainedModel, layers: tuple[int, ...], config: TrainConfig) -> Target:
+    lora = Lora(config.rank, config.seed) if config.method == "lora" else None
+    return Target(model, layers, config.part, lora)
+
+
 def _find_layers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> tuple[int, ...]:
-    """The layers to tune: those given, or the dominant one; none for all parameters."""
+    """The layers to tune: those given, or the dominant one; none for all of them."""
     if config.layers or config.method != "dominant":
         return config.layers
     decision = probe(model, tokenizer).decision
