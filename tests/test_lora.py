@@ -147,6 +147,8 @@ def test_replay_adapter_and_peft_give_its_bits(data, tmp_path, family, layer):
         wrapped = PeftModel.from_pretrained(tiny_model(family, torch.bfloat16), folder)
         assert torch.equal(logits(wrapped), logits(model))
     assert not torch.equal(logits(model), logits(tiny_model(family, torch.bfloat16)))
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["fan_in_fan_out"] == (family == "gpt2")
 
 
 @pytest.mark.parametrize("stops", [[0], [3], [1, 2, 4, 6]], ids=str)
@@ -235,7 +237,7 @@ def assert_refused(model, says, call):
 def test_without_peft_the_remedy_is_named(data, tmp_path, monkeypatch):
     train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
     monkeypatch.setattr(transformers.utils.peft_utils, "is_peft_available", lambda: False)
-    model, says = tiny_model(), r"needs PEFT.*pip install 'dlzo-kernels\[lora\]'"
+    model, says = tiny_model(), r"LoRA needs PEFT.*pip install 'dlzo-kernels\[lora\]'"
     assert_refused(model, says, lambda: train(model, TOKENIZER, SHORT, data, tmp_path / "new"))
     assert_refused(model, says, lambda: load_adapter(model, tmp_path / "out"))
     journal = tmp_path / "out" / "journal.zo"
