@@ -142,7 +142,7 @@ def test_replay_adapter_and_peft_give_its_bits(data, tmp_path, family, layer):
     assert evaluate(tuned, TOKENIZER, "sst2", data) == metrics["test"]
     export(out, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert describe(metrics["layers"], "all", "lora") in card and "PeftModel" in card
+    assert describe(metrics) in card and "PeftModel" in card
     for folder in (out, tmp_path / "exported"):
         wrapped = PeftModel.from_pretrained(tiny_model(family, torch.bfloat16), folder)
         assert torch.equal(logits(wrapped), logits(model))
@@ -220,11 +220,6 @@ def test_what_lies_below_the_tuned_layer_is_computed_once(family):
 def test_ranks_are_those_of_the_methods():
     assert replace(CONFIG, method="lora", rank=None).rank == 8
     assert replace(CONFIG, method="lozo", rank=None).rank == CONFIG.rank == 2
-
-
-def test_it_is_described():
-    assert describe([11], "all", "lora") == "LoRA on layer 11"
-    assert describe((), "all", "lora") == "LoRA on all layers"
 
 
 def assert_refused(model, says, call):

@@ -71,6 +71,8 @@ def save_adapter(
         config["lora"] = asdict(target.lora)
         text = json.dumps(target.adapters.settings, indent=2) + "\n"
         replace_file(folder / PEFT_FILE, lambda partial: partial.write_text(text))
+    if target.channels:
+        config["channels"] = target.channels
     tensors = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in _parameters(target).items()
@@ -107,7 +109,8 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
         )
     lora = Lora(**config["lora"]) if "lora" in config else None
     try:
-        target = Target(model, tuple(config["layers"]), config["part"], lora)
+        channels = tuple(config.get("channels", ()))
+        target = Target(model, tuple(config["layers"]), config["part"], lora, channels)
     except UserError as error:
         raise UserError(
             f"adapter {str(path)!r} does not fit the model ({error}): load its base model, "
@@ -181,8 +184,10 @@ def _checked(text: str | None, path: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} is not a dlzo adapter: its metadata has no {FORMAT!r}")
     remedy = "rebuild it from its journal by `dlzo replay`, or train it again"
     config = parse_versioned(text, path, VERSION, _FIELDS, remedy)
-    if not all(type(layer) is int for layer in config["layers"]):
-        raise UserError(f"{str(path)!r} has no valid 'layers': {remedy}")
+    for name in ("layers", "channels"):
+        numbers = config.get(name, [])
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise UserError(f"{str(path)!r} has no valid {name!r}: {remedy}")
     if "lora" in config and not _is_lora(config["lora"]):
         raise UserError(f"{str(path)!r} has no valid 'lora': {remedy}")
     return config

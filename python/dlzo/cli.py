@@ -146,6 +146,10 @@ def train_command(
     part: Annotated[
         str, typer.Option(help="Of the layer: all, attention or mlp.")
     ] = _DEFAULTS.part,
+    channels: Annotated[
+        str, typer.Option(help="Of the layer: all, outlier, or their numbers as in 7,23.")
+    ] = _DEFAULTS.channels,
+    top: Annotated[float, typer.Option(help="Share of outlier channels.")] = _DEFAULTS.top,
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
@@ -199,6 +203,8 @@ def train_command(
             method=method,
             layer=_parse_layer(layer),
             part=part,
+            channels=_parse_channels(channels),
+            top=top,
             steps=steps,
             batch_size=batch_size,
             eps=eps,
@@ -238,8 +244,8 @@ def replay_command(
     loaded, _ = load_model(model, dtype=parse_dtype(Reader(journal).header.dtype))
     reader = replay(loaded, journal, out, until=until)
     warn(reader)
-    layers, settings = reader.header.layers, reader.header.settings
-    tuned = describe(layers, settings.get("part", "all"), settings.get("method"))
+    header = reader.header
+    tuned = describe({"layers": header.layers, **header.settings})
     console.print(f"{tuned} written to {out}", highlight=False)
 
 
@@ -370,6 +376,15 @@ def _parse_layer(text: str) -> tuple[int, ...] | None:
         ) from None
 
 
+def _parse_channels(text: str) -> str | tuple[int, ...]:
+    if not text[:1].isdecimal():
+        return text
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise UserError(f"channels is {text!r}: give numbers as in 7,23, all or outlier") from None
+
+
 def _parse_layers(text: str) -> list[int] | None:
     """The layers of a list such as 0-5,11; None for all."""
     if text == "all":
@@ -419,7 +434,7 @@ def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
 
 def _summary(metrics: Metrics) -> Table:
     """The four evaluations of a run, and what it cost."""
-    tuned = describe(metrics["layers"], metrics["part"], metrics["method"])
+    tuned = describe(metrics)
     table = Table(title=f"{metrics['task']}, {tuned}, {metrics['dtype']}")
     measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
     for heading in ("", "split", *measured, "loss"):

@@ -13,6 +13,7 @@ from dlzo.errors import UserError
 DECAYS = ("none", "linear", "cosine")
 METHODS = ("dominant", "mezo", "lozo", "lora")
 PARTS = ("all", "attention", "mlp")
+CHANNELS = ("all", "outlier")
 MAX_RANK = 1024  # a larger one is not low, and takes memory
 _LORA_RANK, _LOZO_RANK = 8, 2  # as in MeZO and in LOZO
 _LEAST = {
@@ -37,6 +38,9 @@ class TrainConfig:
         layer: index of the tuned decoder layer, or of several; None to let the probe find it, or
             for all of them, by the method.
         part: what of the layer is tuned: "all", "attention" or "mlp".
+        channels: of the residual stream, into which what is tuned of the layer writes: "all",
+            "outlier" for the `top` ones by their largest activation, or their numbers.
+        top: which share of the channels are outliers.
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
@@ -66,6 +70,8 @@ class TrainConfig:
     method: str = "dominant"
     layer: int | Sequence[int] | None = None
     part: str = "all"
+    channels: str | Sequence[int] = "all"
+    top: float = 0.01
     steps: int = 300
     batch_size: int = 16
     eps: float = 1e-3
@@ -109,6 +115,16 @@ class TrainConfig:
             raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
         if self.method == "mezo" and self.layers:
             raise UserError("method 'mezo' tunes all parameters: leave out layer")
+        if isinstance(self.channels, str) and self.channels not in CHANNELS:
+            raise UserError(f"channels are {self.channels!r}: choose {' or '.join(CHANNELS)}")
+        if not isinstance(self.channels, str) and not (
+            self.channels and all(type(i) is int and i >= 0 for i in self.channels)
+        ):
+            raise UserError(f"channels are {str(self.channels)[:60]}: give their numbers, from 0")
+        if self.channels != "all" and self.method != "dominant":
+            raise UserError(f"method {self.method!r} tunes all channels: leave out channels")
+        if not 0 < self.top <= 1:
+            raise UserError(f"top is {self.top}: give a share of the channels, such as 0.01")
         if self.method == "lora" and self.part != "all":
             raise UserError(f"part is {self.part!r} and method 'lora' has its own: leave it out")
         if self.method != "dominant" and self.part != "all" and not self.layers:
@@ -139,7 +155,7 @@ class TrainConfig:
 def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
     """The configuration in a settings file from anywhere."""
     # A hint may have parameters, which isinstance does not take.
-    types = get_type_hints(TrainConfig) | {"layer": int | list | None}
+    types = get_type_hints(TrainConfig) | {"layer": int | list | None, "channels": str | list}
     for name, value in values.items():
         # An int is a float in JSON.
         kind = types.get(name, ())

@@ -109,7 +109,7 @@ def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
     fields = {
         **config,
         "base_model": base.name if base.exists() else config["base_model"],
-        "tuned": describe(config["layers"], config["part"], config.get("method")),
+        "tuned": describe(config),
     }
     use = _USE["LoRA" if form == "adapter" and "lora" in config else form]
     try:

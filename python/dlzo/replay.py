@@ -16,7 +16,7 @@ from dlzo.errors import UserError
 from dlzo.journal import Reader
 from dlzo.lora import Lora
 from dlzo.records import Header, Parameter
-from dlzo.rule import rank_in, rule_in
+from dlzo.rule import channels_in, rank_in, rule_in
 from dlzo.target import Target
 from dlzo_kernels import NOISE_VERSION, __version__
 
@@ -97,7 +97,8 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
     header = reader.header
     lora = Lora(rank_in(header), header.seed) if header.settings.get("method") == "lora" else None
     try:
-        target = Target(model, header.layers, header.settings.get("part", "all"), lora)
+        part = header.settings.get("part", "all")
+        target = Target(model, header.layers, part, lora, channels_in(header))
     except UserError as error:
         raise UserError(
             f"journal {str(reader.path)!r} does not fit the model ({error}): load its base model, "

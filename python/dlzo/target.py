@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dlzo.channels import written_into
 from dlzo.config import PARTS
 from dlzo.errors import UserError
 from dlzo.lora import Adapters, Lora, take_out
@@ -28,15 +30,18 @@ class Target:
             embeddings and output embeddings too, or the adapters of all layers.
         part: what of these layers: "all", "attention" or "mlp".
         lora: of the adapters that are tuned alone: the target puts them into the model.
+        channels: those into which what is tuned writes, lowest first; none: all of these layers.
 
     Raises:
-        UserError: the model has no such layer, or the layer no such part, or no adapter fits.
+        UserError: the model has no such layer or channel, the layer no such part, or no adapter
+            fits.
     """
 
     model: PreTrainedModel
     layers: tuple[int, ...]
     part: str = "all"
     lora: Lora | None = None
+    channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(decoder_layers(self.model))
@@ -49,6 +54,10 @@ class Target:
             raise UserError(f"part is {self.part!r}: choose {', '.join(PARTS)}")
         if self.part != "all" and not self.layers:
             raise UserError(f"part is {self.part!r}: only decoder layers have it, name one")
+        if list(self.channels) != sorted(set(self.channels)):
+            raise UserError(f"channels are {self.channels}: give each once, the lowest first")
+        if self.channels and not self.layers:
+            raise UserError("channels are given and no layer: only decoder layers write into them")
         _ = self.modules
 
     @property
@@ -69,6 +78,8 @@ class Target:
         """What holds the tuned parameters; their streams of noise are numbered through it."""
         if self.adapters is not None:
             return self.adapters.matrices
+        if self.channels:
+            return list(self._views.values())
         if not self.layers:
             return [self.model]
         if self.part == "all":
@@ -82,6 +93,12 @@ class Target:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by their full names in the model, frozen ones too."""
+        if self.channels:
+            return {
+                f"{matrix}.{name}": view
+                for matrix, views in self._views.items()
+                for name, view in views.named_parameters()
+            }
         return {name: p for name, p in self.model.named_parameters() if id(p) in self._streams}
 
     def stream(self, name: str) -> int:
@@ -113,20 +130,32 @@ class Target:
             raise
 
     @cached_property
+    def _views(self) -> dict[str, nn.Module]:
+        return written_into(self.model, self.layers, self.part, self.channels)
+
+    @cached_property
     def _streams(self) -> dict[int, int]:
         own = dict.fromkeys(id(p) for module in self.modules for p in module.parameters())
         return {parameter: i for i, parameter in enumerate(own)}
 
 
-def describe(layers: Sequence[int], part: str, method: str | None = None) -> str:
-    """What is tuned, in words: "layer 11", "the MLP of layers 5 and 11", "LoRA on layer 11"."""
+def describe(run: Mapping[str, Any]) -> str:
+    """What is tuned, in words: "layer 11", "the MLP of layers 5 and 11", "LoRA on layer 11".
+
+    Args:
+        run: its metrics or its adapter's configuration: `layers`, `part`, `method`, `channels`.
+    """
+    layers, lora = run["layers"], run.get("method") == "lora"
+    part, channels = run.get("part", "all"), run.get("channels", "all")
     if not layers:
-        return "LoRA on all layers" if method == "lora" else "all parameters"
+        return "LoRA on all layers" if lora else "all parameters"
     numbers = " and ".join(filter(None, (", ".join(map(str, layers[:-1])), str(layers[-1]))))
     which = f"layer{'s' if len(layers) > 1 else ''} {numbers}"
-    if method == "lora":
+    if lora:
         return f"LoRA on {which}"
-    return which if part == "all" else f"the {'MLP' if part == 'mlp' else part} of {which}"
+    if part != "all":
+        which = f"the {'MLP' if part == 'mlp' else part} of {which}"
+    return which if channels == "all" else f"{len(channels)} channels of {which}"
 
 
 def weights_fingerprint(modules: Iterable[nn.Module]) -> str:

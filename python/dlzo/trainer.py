@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
 from dlzo.adapter import dtype_name, save_adapter
+from dlzo.channels import outlier_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
@@ -98,7 +99,10 @@ def train(
     with sole_use(model):
         examples = _load_examples(config, data_dir)
         layers = distributed.from_first_rank(lambda: _find_layers(model, tokenizer, config))
-        config = replace(config, layer=layers)
+        channels = distributed.from_first_rank(
+            lambda: _find_channels(model, tokenizer, layers, config)
+        )
+        config = replace(config, layer=layers, channels=channels)
         settings = {
             "model": absolute_name(model.name_or_path),
             "dtype": dtype_name(model),
@@ -367,6 +371,7 @@ class _Run:
             method=config.method,
             layers=list(self.target.layers),
             part=config.part,
+            channels=config.channels,
             steps=config.steps,
             batch_size=config.batch_size,
             directions=config.directions,
@@ -426,7 +431,20 @@ def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, lis
 
 def _target(model: PreTrainedModel, layers: tuple[int, ...], config: TrainConfig) -> Target:
     lora = Lora(config.rank, config.seed) if config.method == "lora" else None
-    return Target(model, layers, config.part, lora)
+    channels = () if config.channels == "all" else tuple(config.channels)
+    return Target(model, layers, config.part, lora, channels)
+
+
+def _find_channels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: tuple[int, ...],
+    config: TrainConfig,
+) -> str | list[int]:
+    """The channels to tune, by number but for "all"."""
+    if config.channels == "outlier":
+        return outlier_channels(model, tokenizer, layers, config.top)
+    return config.channels if config.channels == "all" else sorted(set(config.channels))
 
 
 def _find_layers(
