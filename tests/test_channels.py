@@ -52,10 +52,8 @@ def data(tmp_path):
 @pytest.mark.parametrize("layers", [(2,), (0, 3)], ids=str)
 def test_outliers_are_the_channels_of_the_largest_activations(layers):
     model, outputs = tiny_model(), []
-    hooks = [
-        decoder_layers(model)[layer].register_forward_hook(lambda *args: outputs.append(args[2]))
-        for layer in layers
-    ]
+    tuned = [decoder_layers(model)[layer] for layer in layers]
+    hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in tuned]
     with torch.no_grad():
         for tokens in calibration_tokens(model, TOKENIZER):
             model(torch.tensor([tokens]))
@@ -63,13 +61,13 @@ def test_outliers_are_the_channels_of_the_largest_activations(layers):
         hook.remove()
     maxima = torch.cat([output.abs()[0] for output in outputs]).amax(0)
     for top, count in ((1e-9, 1), (0.01, 1), (0.0625, 2), (0.07, 3), (1.0, 32)):
-        found = outlier_channels(model, TOKENIZER, layers, top)
+        found = outlier_channels(model, TOKENIZER, tuned, top)
         assert found == sorted(maxima.topk(count).indices.tolist())
 
 
 def test_seven_of_700_are_one_percent(monkeypatch):
     monkeypatch.setattr("dlzo.channels.channel_maxima", lambda *_: torch.arange(700.0))
-    assert outlier_channels(tiny_model(), TOKENIZER, (1,), 0.01) == list(range(693, 700))
+    assert outlier_channels(tiny_model(), TOKENIZER, [], 0.01) == list(range(693, 700))
 
 
 @FAMILIES
@@ -128,7 +126,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits_without_a_probe(data, tmp_
     config = replace(SHORT, channels="outlier", top=0.1)
     model, whole, out = tiny_model(), tmp_path / "whole", tmp_path / "out"
     metrics = train(model, TOKENIZER, config, data, whole)
-    assert metrics["channels"] == outlier_channels(tiny_model(), TOKENIZER, (1,), 0.1)
+    layer = decoder_layers(base := tiny_model())[1]
+    assert metrics["channels"] == outlier_channels(base, TOKENIZER, [layer], 0.1)
     assert len(metrics["channels"]) == 4
 
     def stop(entry):
@@ -196,12 +195,18 @@ def test_a_layer_without_one_writing_matrix_is_refused(monkeypatch):
     assert len(Target(model, (1,), "attention", channels=(7,)).parameters) == 1
 
 
+def test_outliers_of_a_layer_that_the_model_lacks_are_refused(data, tmp_path):
+    config = replace(SHORT, channels="outlier", layer=4)
+    with pytest.raises(UserError, match="layer is 4: the model has layers 0 to 3"):
+        train(tiny_model(), TOKENIZER, config, data, tmp_path / "out")
+
+
 def test_outputs_that_are_not_finite_are_refused(data, tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
     config = replace(SHORT, channels="outlier")
-    with pytest.raises(UserError, match="layers 1 is not finite"):
+    with pytest.raises(UserError, match="tuned layer is not finite"):
         train(model, TOKENIZER, config, data, tmp_path / "out")
 
 

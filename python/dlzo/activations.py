@@ -138,7 +138,7 @@ def run(
 
 @torch.inference_mode()
 def channel_maxima(
-    model: PreTrainedModel, encoded: Sequence[Sequence[int]], layers: Sequence[int]
+    model: PreTrainedModel, encoded: Sequence[Sequence[int]], layers: Sequence[nn.Module]
 ) -> Tensor:
     """The largest |h| of each channel in the outputs of layers, over texts given as token ids."""
     found: list[Tensor] = []
@@ -148,7 +148,7 @@ def channel_maxima(
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(decoder_layers(model)[layer].register_forward_hook(look))
+            stack.enter_context(layer.register_forward_hook(look))
         for texts in _together(encoded):
             forward(model, torch.tensor([encoded[text] for text in texts]))
     return torch.stack(found).amax(0)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dlzo.channels import chosen_channels
 from dlzo.config import MAX_RANK
 from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file
@@ -65,14 +66,13 @@ def save_adapter(
         "base_fingerprint": base_fingerprint,
         "layers": target.layers,
         "part": target.part,
+        "channels": list(target.channels) or "all",
         "dtype": dtype_name(target.model),
     }
     if target.lora is not None:
         config["lora"] = asdict(target.lora)
         text = json.dumps(target.adapters.settings, indent=2) + "\n"
         replace_file(folder / PEFT_FILE, lambda partial: partial.write_text(text))
-    if target.channels:
-        config["channels"] = target.channels
     tensors = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in _parameters(target).items()
@@ -109,7 +109,7 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
         )
     lora = Lora(**config["lora"]) if "lora" in config else None
     try:
-        channels = tuple(config.get("channels", ()))
+        channels = chosen_channels(config.get("channels", "all"))
         target = Target(model, tuple(config["layers"]), config["part"], lora, channels)
     except UserError as error:
         raise UserError(
@@ -184,10 +184,12 @@ def _checked(text: str | None, path: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} is not a dlzo adapter: its metadata has no {FORMAT!r}")
     remedy = "rebuild it from its journal by `dlzo replay`, or train it again"
     config = parse_versioned(text, path, VERSION, _FIELDS, remedy)
-    for name in ("layers", "channels"):
-        numbers = config.get(name, [])
-        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise UserError(f"{str(path)!r} has no valid {name!r}: {remedy}")
+    if not all(type(layer) is int for layer in config["layers"]):
+        raise UserError(f"{str(path)!r} has no valid 'layers': {remedy}")
+    try:
+        chosen_channels(config.get("channels", "all"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} has no valid 'channels': {remedy}") from error
     if "lora" in config and not _is_lora(config["lora"]):
         raise UserError(f"{str(path)!r} has no valid 'lora': {remedy}")
     return config

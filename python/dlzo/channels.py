@@ -27,7 +27,7 @@ from dlzo.sites import find_sites
 def outlier_channels(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    layers: Sequence[int],
+    layers: Sequence[nn.Module],
     top: float,
 ) -> list[int]:
     """The channels with the largest outliers, by number.
@@ -35,7 +35,7 @@ def outlier_channels(
     Args:
         model: a decoder-only model in eval mode.
         tokenizer: its tokenizer.
-        layers: indices of the layers whose outputs are measured.
+        layers: the decoder layers whose outputs are measured.
         top: the share of all channels, rounded up to a whole number of them.
 
     Raises:
@@ -44,12 +44,25 @@ def outlier_channels(
     maxima = channel_maxima(model, calibration_tokens(model, tokenizer), layers)
     if not maxima.isfinite().all():
         raise UserError(
-            f"an output of layers {str(list(layers))[1:-1]} is not finite: load the model in "
-            "bfloat16 or float32, and check its weights"
+            "the output of a tuned layer is not finite: load the model in bfloat16 or float32, and "
+            "check its weights"
         )
     # As a float, 0.01 of 700 is a little more than 7.
     count = math.ceil(Fraction(str(top)) * len(maxima))
     return sorted(maxima.argsort(descending=True, stable=True)[:count].tolist())
+
+
+def chosen_channels(setting: object) -> tuple[int, ...]:
+    """The channels in a setting from anywhere, "all" or numbers; none for all.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if setting == "all":
+        return ()
+    if not isinstance(setting, list) or not all(type(channel) is int for channel in setting):
+        raise ValueError("channels must be 'all' or a list of numbers")
+    return tuple(setting)
 
 
 def written_into(

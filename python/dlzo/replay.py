@@ -12,11 +12,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dlzo.adapter import WEIGHTS_FILE, dtype_name, save_adapter
+from dlzo.channels import chosen_channels
 from dlzo.errors import UserError
 from dlzo.journal import Reader
 from dlzo.lora import Lora
 from dlzo.records import Header, Parameter
-from dlzo.rule import channels_in, rank_in, rule_in
+from dlzo.rule import rank_in, rule_in
 from dlzo.target import Target
 from dlzo_kernels import NOISE_VERSION, __version__
 
@@ -97,8 +98,12 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
     header = reader.header
     lora = Lora(rank_in(header), header.seed) if header.settings.get("method") == "lora" else None
     try:
+        channels = chosen_channels(header.settings.get("channels", "all"))
+    except ValueError as error:
+        raise UserError("the journal has invalid channels: do not use it") from error
+    try:
         part = header.settings.get("part", "all")
-        target = Target(model, header.layers, part, lora, channels_in(header))
+        target = Target(model, header.layers, part, lora, channels)
     except UserError as error:
         raise UserError(
             f"journal {str(reader.path)!r} does not fit the model ({error}): load its base model, "

@@ -104,20 +104,6 @@ def rank_in(header: Header) -> int:
     return rank
 
 
-def channels_in(header: Header) -> tuple[int, ...]:
-    """The channels in a journal's header, which may be from anywhere; none for all.
-
-    Raises:
-        UserError: they are not valid.
-    """
-    channels = header.settings.get("channels", "all")
-    if channels == "all":
-        return ()
-    if not isinstance(channels, list) or not all(type(i) is int for i in channels):
-        raise UserError("the journal has invalid channels: do not use it")
-    return tuple(channels)
-
-
 def _updates(steps: Iterable[Step]) -> Iterator[tuple[int, float, int]]:
     """(seed, scale, query) of each direction that moved the weights."""
     for step in steps:

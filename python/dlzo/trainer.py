@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
 from dlzo.adapter import dtype_name, save_adapter
-from dlzo.channels import outlier_channels
+from dlzo.channels import chosen_channels, outlier_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
@@ -98,11 +98,7 @@ def train(
     distributed.from_first_rank(lambda: check_free(out, overwrite))
     with sole_use(model):
         examples = _load_examples(config, data_dir)
-        layers = distributed.from_first_rank(lambda: _find_layers(model, tokenizer, config))
-        channels = distributed.from_first_rank(
-            lambda: _find_channels(model, tokenizer, layers, config)
-        )
-        config = replace(config, layer=layers, channels=channels)
+        config = distributed.from_first_rank(lambda: _resolved(model, tokenizer, config))
         settings = {
             "model": absolute_name(model.name_or_path),
             "dtype": dtype_name(model),
@@ -110,7 +106,7 @@ def train(
             "config": asdict(config),
         }
         with ExitStack() as stack:
-            with _target(model, layers, config).undone_by_error() as target:
+            with _target(model, config).undone_by_error() as target:
                 run = _Run(target, tokenizer, config, examples, out)
                 untuned = run.evaluate_untuned()
                 distributed.from_first_rank(
@@ -145,8 +141,8 @@ def resume(
             return metrics
         config = parse_config(settings["config"], out)
         examples = _load_examples(config, settings["data"])
-        layers = _find_layers(model, tokenizer, config)
-        with _target(model, layers, config).undone_by_error() as target:
+        config = _resolved(model, tokenizer, config)
+        with _target(model, config).undone_by_error() as target:
             run = _Run(target, tokenizer, config, examples, out)
         return run.complete(started, on_progress)
 
@@ -429,22 +425,22 @@ def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, lis
     return examples
 
 
-def _target(model: PreTrainedModel, layers: tuple[int, ...], config: TrainConfig) -> Target:
+def _resolved(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> TrainConfig:
+    """The configuration with the layers and channels that it leaves to be found, by number."""
+    layers, channels = _find_layers(model, tokenizer, config), config.channels
+    if channels == "outlier":
+        tuned = Target(model, layers).decoder_layers
+        channels = outlier_channels(model, tokenizer, tuned, config.top)
+    elif channels != "all":
+        channels = sorted(set(channels))
+    return replace(config, layer=layers, channels=channels)
+
+
+def _target(model: PreTrainedModel, config: TrainConfig) -> Target:
     lora = Lora(config.rank, config.seed) if config.method == "lora" else None
-    channels = () if config.channels == "all" else tuple(config.channels)
-    return Target(model, layers, config.part, lora, channels)
-
-
-def _find_channels(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layers: tuple[int, ...],
-    config: TrainConfig,
-) -> str | list[int]:
-    """The channels to tune, by number but for "all"."""
-    if config.channels == "outlier":
-        return outlier_channels(model, tokenizer, layers, config.top)
-    return config.channels if config.channels == "all" else sorted(set(config.channels))
+    return Target(model, config.layers, config.part, lora, chosen_channels(config.channels))
 
 
 def _find_layers(
