@@ -355,7 +355,11 @@ def test_what_cannot_be_tuned_is_refused_by_name():
         zo_step(nn.Linear(2, 2).requires_grad_(False), 1, 1e-3, 1e-3)
     w = torch.zeros(10)
     matrix = torch.zeros(5, 7)
-    for parts in ([matrix[:, :2], matrix[:, 1:2]], [matrix[:, 3:4], matrix[:4, 3:4]]):
+    for parts in (
+        [matrix[:, :2], matrix[:, 1:2]],
+        [matrix[:, 3:4], matrix[:4, 3:4]],
+        [w[0:5:2], w[1:8:3]],
+    ):
         with pytest.raises(ValueError, match="share memory"):
             zo_step(parts, 1, 1e-3, 1e-3)
     with pytest.raises(ValueError, match="tensor 0 and tensor 1 share memory"):

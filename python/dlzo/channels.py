@@ -47,7 +47,7 @@ def outlier_channels(
             "the output of a tuned layer is not finite: load the model in bfloat16 or float32, and "
             "check its weights"
         )
-    # As a float, 0.01 of 700 is a little more than 7.
+    # As a float, 0.07 of 100 is a little more than 7.
     count = math.ceil(Fraction(str(top)) * len(maxima))
     return sorted(maxima.argsort(descending=True, stable=True)[:count].tolist())
 
