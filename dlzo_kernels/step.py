@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TypedDict, overload
 
 import torch
@@ -22,6 +21,7 @@ from dlzo_kernels.ops._common import (
     check_device_numbers,
     check_range,
     check_writable,
+    extent,
     overlap,
 )
 from dlzo_kernels.ops._parts import Operand
@@ -490,12 +490,19 @@ def _collect(layer: Layer) -> list[tuple[str, Tensor, _Numbering]]:
         stream += 1
     if not found:
         raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
-    # Of tensors in the order of their addresses, any that share memory have a neighbour that does.
-    ordered = sorted(filter(lambda item: item[1].numel(), found), key=lambda i: i[1].data_ptr())
-    for (name, a, _), (other, b, _) in pairwise(ordered):
-        if overlap(a, b):
-            raise ValueError(f"{name} and {other} share memory; give one of the two")
+    _refuse_overlap((name, tensor) for name, tensor, _ in found if tensor.numel())
     return found
+
+
+def _refuse_overlap(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Compares each with those alone whose range of memory it begins in."""
+    before: list[tuple[str, Tensor]] = []
+    for name, tensor in sorted(tensors, key=lambda item: item[1].data_ptr()):
+        before = [(n, t) for n, t in before if tensor.data_ptr() < t.data_ptr() + extent(t)]
+        for other, earlier in before:
+            if overlap(earlier, tensor):
+                raise ValueError(f"{other} and {name} share memory; give one of the two")
+        before.append((name, tensor))
 
 
 def _named_tensors(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:

@@ -95,6 +95,32 @@ def test_parts_of_several_layers_are_tuned_and_named(run, model, data, tmp_path)
     assert code == 0 and "the MLP of layers 1 and 3 written to" in text
 
 
+def test_lora_is_tuned_and_named(run, model, data, tmp_path):
+    out, found = tmp_path / "out", tmp_path / "eval.json"
+    code, text, _ = run(*train_arguments(model, data, out, "--method", "lora", "--rank", 4))
+    assert code == 0 and "LoRA on layer 1" in text
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+    common = ["--task", "sst2", "--data", data, "--dtype", "float32", "--json", found]
+    assert run("eval", model, "--adapter", out, *common)[0] == 0
+    assert json.loads(found.read_text()) == json.loads((out / "metrics.json").read_text())["test"]
+    code, text, _ = run("replay", model, out / "journal.zo", "--out", tmp_path / "rebuilt")
+    assert code == 0 and "LoRA on layer 1 written to" in text
+    code, text, _ = run("train", "--resume", out)
+    assert code == 0 and "LoRA on layer 1" in text
+
+
+def test_channels_are_tuned_and_named(run, model, data, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = run(*train_arguments(model, data, out, "--channels", "7,23"))
+    assert code == 0 and "2 channels of layer 1" in text
+    code, text, _ = run("replay", model, out / "journal.zo", "--out", tmp_path / "rebuilt")
+    assert code == 0 and "2 channels of layer 1 written to" in text
+    more = ("--channels", "outlier", "--top", 0.1, "--plot", tmp_path / "history.svg")
+    code, text, _ = run(*train_arguments(model, data, tmp_path / "outlier", *more))
+    assert code == 0 and "4 channels of layer 1" in text
+    assert "4 channels of layer 1" in (tmp_path / "history.svg").read_text()
+
+
 def test_probe_writes_what_it_shows(run, model, tmp_path):
     report, plot, text = tmp_path / "r.json", tmp_path / "p.svg", tmp_path / "t.txt"
     text.write_text("one text\n\nand another")
@@ -147,6 +173,12 @@ BAD = {
     "layers text": ("--layer 1,", "'1,'"),
     "part": ("--part head", "'head'"),
     "mezo with a layer": ("--method mezo", "leave out layer"),
+    "lora with a part": ("--method lora --part mlp", "part is 'mlp'"),
+    "channels": ("--channels most", "'most'"),
+    "channels text": ("--channels 7,x", "'7,x'"),
+    "channel": ("--channels 99", "the model has 0 to 31"),
+    "channels of mezo": ("--method lozo --channels 7", "tunes all channels"),
+    "top": ("--channels outlier --top 0", "top is 0.0"),
     "negative layer": ("--layer -1", "layer is -1"),
     "eps": ("--eps 0", "eps is 0.0"),
     "eps nan": ("--eps nan", "eps is nan"),

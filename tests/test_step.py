@@ -327,6 +327,19 @@ def test_strided_tied_and_inference_tensors():
     assert not torch.equal(inference, kept)
 
 
+def test_columns_of_one_matrix_move_as_tensors_of_their_own():
+    matrix = torch.randn(9, 8, dtype=torch.bfloat16)
+    kept = matrix.clone()
+    columns = [matrix[:, i : i + 1] for i in (2, 5, 6)]
+    apart = [column.clone() for column in columns]
+    for layer in (columns, apart):
+        zo_step(
+            layer, 1, 1e-2, 0.1, closure=lambda tensors=layer: torch.cat(tensors).double().sum()
+        )
+    assert all(torch.equal(a, b) for a, b in zip(columns, apart, strict=True))
+    assert (matrix != kept).any(0).nonzero().flatten().tolist() == [2, 5, 6]
+
+
 def test_what_cannot_be_tuned_is_refused_by_name():
     mixed = layer_of()
     mixed.register_parameter(
@@ -341,6 +354,14 @@ def test_what_cannot_be_tuned_is_refused_by_name():
     with pytest.raises(ValueError, match="requires_grad_"):
         zo_step(nn.Linear(2, 2).requires_grad_(False), 1, 1e-3, 1e-3)
     w = torch.zeros(10)
+    matrix = torch.zeros(5, 7)
+    for parts in (
+        [matrix[:, :2], matrix[:, 1:2]],
+        [matrix[:, 3:4], matrix[:4, 3:4]],
+        [w[0:5:2], w[1:8:3]],
+    ):
+        with pytest.raises(ValueError, match="share memory"):
+            zo_step(parts, 1, 1e-3, 1e-3)
     with pytest.raises(ValueError, match="tensor 0 and tensor 1 share memory"):
         zo_step([w[:6], w[5:]], 1, 1e-3, 1e-3)
     # Neither given one after the other, nor next to each other in memory but for a third.

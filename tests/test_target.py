@@ -98,7 +98,7 @@ def test_replay_adapter_and_export_give_its_bits(data, tmp_path, name):
     assert evaluate(tuned, TOKENIZER, "sst2", data) == metrics["test"]
     export(out, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert describe(metrics["layers"], metrics["part"]) in card
+    assert describe(metrics) in card
 
 
 def test_tied_embeddings_move_as_one_parameter(data, tmp_path):
@@ -201,7 +201,12 @@ def test_what_the_model_does_not_have_is_refused(layers, part, says):
 
 
 def test_it_is_described():
-    assert describe([11], "all") == "layer 11"
-    assert describe([5, 11], "mlp") == "the MLP of layers 5 and 11"
-    assert describe((1, 2, 3), "attention") == "the attention of layers 1, 2 and 3"
-    assert describe((), "all") == "all parameters"
+    assert describe({"layers": [11], "part": "all"}) == "layer 11"
+    assert describe({"layers": [5, 11], "part": "mlp"}) == "the MLP of layers 5 and 11"
+    assert (
+        describe({"layers": (1, 2, 3), "part": "attention"}) == "the attention of layers 1, 2 and 3"
+    )
+    assert describe({"layers": (), "part": "all"}) == "all parameters"
+    assert describe({"layers": [11], "method": "lora"}) == "LoRA on layer 11"
+    assert describe({"layers": [], "method": "lora"}) == "LoRA on all layers"
+    assert describe({"layers": [11], "channels": [7, 9]}) == "2 channels of layer 11"

@@ -193,7 +193,7 @@ def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"method": "lora"}, "'lora'.*dominant"),
+        ({"method": "adam"}, "'adam'.*dominant"),
         ({"method": "mezo"}, "leave out layer"),
         ({"method": "mezo", "layer": None, "part": "mlp"}, "'mlp' of all parameters"),
         ({"method": "lozo", "layer": None, "part": "mlp"}, "'mlp' of all parameters"),

@@ -127,12 +127,24 @@ def check_same_device(name: str, tensor: Tensor, other: str, device: torch.devic
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory ranges of two non-empty tensors meet."""
+    """Whether the ranges of two non-empty tensors meet, unless as two columns of one matrix do."""
     a_begin, b_begin = a.data_ptr(), b.data_ptr()
-    return a_begin < b_begin + _extent(b) and b_begin < a_begin + _extent(a)
+    if a_begin >= b_begin + extent(b) or b_begin >= a_begin + extent(a):
+        return False
+    step = _column_step(a)
+    if not step or step != _column_step(b):
+        return True
+    apart = (a_begin - b_begin) % step
+    return apart < b.element_size() or apart > step - a.element_size()
 
 
-def _extent(tensor: Tensor) -> int:
+def _column_step(tensor: Tensor) -> int | None:
+    """Bytes from one element to the next where all dimensions but one have size 1."""
+    steps = [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    return steps[0] * tensor.element_size() if len(steps) == 1 else None
+
+
+def extent(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     if tensor.is_contiguous():
         return tensor.nbytes

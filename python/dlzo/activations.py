@@ -136,6 +136,24 @@ def run(
     return found
 
 
+@torch.inference_mode()
+def channel_maxima(
+    model: PreTrainedModel, encoded: Sequence[Sequence[int]], layers: Sequence[nn.Module]
+) -> Tensor:
+    """The largest |h| of each channel in the outputs of layers, over texts given as token ids."""
+    found: list[Tensor] = []
+
+    def look(_module: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        found.append(activation_stats(first_tensor(output), per="channel").absmax.cpu())
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(look))
+        for texts in _together(encoded):
+            forward(model, torch.tensor([encoded[text] for text in texts]))
+    return torch.stack(found).amax(0)
+
+
 def _add(
     found: Activations,
     tokens: Tensor,

@@ -1,14 +1,17 @@
 """Adapters: what was tuned of a model on disk, bound to the base model it was tuned in.
 
 An adapter is one safetensors file, its tensors named as PEFT names them, with its configuration as
-JSON in the file's metadata: so the two cannot get out of step.
+JSON in the file's metadata: so the two cannot get out of step. Beside LoRA adapters lies PEFT's own
+configuration, the same throughout a run, with which PEFT loads them too.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dlzo.channels import chosen_channels
+from dlzo.config import MAX_RANK
 from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file
+from dlzo.lora import NAME, Lora
 from dlzo.target import Target
 
 FORMAT = "dlzo-layer"
 VERSION = 3
 WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_FILE = "adapter_config.json"
 # As PEFT names the tensors of its adapters.
 PREFIX = "base_model.model."
 _FIELDS = {"base_model": str, "base_fingerprint": str, "dtype": str, "layers": list, "part": str}
@@ -59,11 +66,16 @@ def save_adapter(
         "base_fingerprint": base_fingerprint,
         "layers": target.layers,
         "part": target.part,
+        "channels": list(target.channels) or "all",
         "dtype": dtype_name(target.model),
     }
+    if target.lora is not None:
+        config["lora"] = asdict(target.lora)
+        text = json.dumps(target.adapters.settings, indent=2) + "\n"
+        replace_file(folder / PEFT_FILE, lambda partial: partial.write_text(text))
     tensors = {
-        PREFIX + name: parameter.detach().cpu().contiguous()
-        for name, parameter in target.parameters.items()
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in _parameters(target).items()
     }
 
     def write(partial: Path) -> None:
@@ -95,20 +107,23 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
             f"adapter {str(path)!r} is for a {config['dtype']} model and this one is {dtype}: "
             f"load the model in {config['dtype']}"
         )
+    lora = Lora(**config["lora"]) if "lora" in config else None
     try:
-        target = Target(model, tuple(config["layers"]), config["part"])
+        channels = chosen_channels(config.get("channels", "all"))
+        target = Target(model, tuple(config["layers"]), config["part"], lora, channels)
     except UserError as error:
         raise UserError(
             f"adapter {str(path)!r} does not fit the model ({error}): load its base model, "
             f"{config['base_model']!r}"
         ) from error
-    parameters = {PREFIX + name: p for name, p in target.parameters.items()}
-    _check_tensors(path, tensors, parameters)
-    if target.fingerprint() != config["base_fingerprint"]:
-        raise UserError(
-            f"adapter {str(path)!r} was tuned from other weights than this model's: load its base "
-            f"model, {config['base_model']!r}"
-        )
+    parameters = _parameters(target)
+    with target.undone_by_error():
+        _check_tensors(path, tensors, parameters)
+        if target.fingerprint() != config["base_fingerprint"]:
+            raise UserError(
+                f"adapter {str(path)!r} was tuned from other weights than this model's: load its "
+                f"base model, {config['base_model']!r}"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -123,6 +138,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     with _opened(_find(path)) as (config, _):
         return config
+
+
+def _parameters(target: Target) -> dict[str, nn.Parameter]:
+    """What is tuned, by its names in a file."""
+    inner = re.compile(rf"(?<=\.lora_[AB])\.{NAME}(?=\.)")
+    return {PREFIX + inner.sub("", name): p for name, p in target.parameters.items()}
 
 
 def _find(path_or_hub_id: str | Path) -> Path:
@@ -165,7 +186,20 @@ def _checked(text: str | None, path: Path) -> dict[str, Any]:
     config = parse_versioned(text, path, VERSION, _FIELDS, remedy)
     if not all(type(layer) is int for layer in config["layers"]):
         raise UserError(f"{str(path)!r} has no valid 'layers': {remedy}")
+    try:
+        chosen_channels(config.get("channels", "all"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} has no valid 'channels': {remedy}") from error
+    if "lora" in config and not _is_lora(config["lora"]):
+        raise UserError(f"{str(path)!r} has no valid 'lora': {remedy}")
     return config
+
+
+def _is_lora(values: object) -> bool:
+    if not isinstance(values, dict) or values.keys() != {"rank", "seed"}:
+        return False
+    rank, seed = values["rank"], values["seed"]
+    return type(rank) is type(seed) is int and 1 <= rank <= MAX_RANK and 0 <= seed < 1 << 63
 
 
 def _check_tensors(

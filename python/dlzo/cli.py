@@ -138,7 +138,7 @@ def train_command(
     data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     method: Annotated[
-        str, typer.Option(help="dominant; mezo, all parameters; lozo, these by low rank.")
+        str, typer.Option(help="dominant; mezo, all parameters; lozo, these by low rank; lora.")
     ] = _DEFAULTS.method,
     layer: Annotated[
         str, typer.Option(help="Decoder layer, or several as in 5,11; 'auto' to probe for it.")
@@ -146,6 +146,10 @@ def train_command(
     part: Annotated[
         str, typer.Option(help="Of the layer: all, attention or mlp.")
     ] = _DEFAULTS.part,
+    channels: Annotated[
+        str, typer.Option(help="Of the layer: all, outlier, or their numbers as in 7,23.")
+    ] = _DEFAULTS.channels,
+    top: Annotated[float, typer.Option(help="Share of outlier channels.")] = _DEFAULTS.top,
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
@@ -169,7 +173,9 @@ def train_command(
     prefix_cache_dir: Annotated[
         Path | None, typer.Option(help="Folder for what does not fit into it.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of lozo's directions.")] = _DEFAULTS.rank,
+    rank: Annotated[
+        int | None, typer.Option(help="Of lozo's directions (2), or of lora's adapters (8).")
+    ] = None,
     interval: Annotated[
         int, typer.Option(help="Steps in a subspace of lozo.")
     ] = _DEFAULTS.interval,
@@ -199,6 +205,8 @@ def train_command(
             method=method,
             layer=_parse_layer(layer),
             part=part,
+            channels=_parse_channels(channels),
+            top=top,
             steps=steps,
             batch_size=batch_size,
             eps=eps,
@@ -239,7 +247,7 @@ def replay_command(
     reader = replay(loaded, journal, out, until=until)
     warn(reader)
     header = reader.header
-    tuned = describe(header.layers, header.settings.get("part", "all"))
+    tuned = describe({"layers": header.layers, **header.settings})
     console.print(f"{tuned} written to {out}", highlight=False)
 
 
@@ -379,6 +387,15 @@ def _parse_lr(text: str) -> float | Literal["auto"]:
         raise UserError(f"lr is {text!r}: give a number, such as 3e-4, or 'auto'") from None
 
 
+def _parse_channels(text: str) -> str | tuple[int, ...]:
+    if not text[:1].isdecimal():
+        return text
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise UserError(f"channels is {text!r}: give numbers as in 7,23, all or outlier") from None
+
+
 def _parse_layers(text: str) -> list[int] | None:
     """The layers of a list such as 0-5,11; None for all."""
     if text == "all":
@@ -428,7 +445,7 @@ def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
 
 def _summary(metrics: Metrics) -> Table:
     """The four evaluations of a run, and what it cost."""
-    tuned = describe(metrics["layers"], metrics["part"])
+    tuned = describe(metrics)
     table = Table(title=f"{metrics['task']}, {tuned}, lr {metrics['lr']:g}, {metrics['dtype']}")
     measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
     for heading in ("", "split", *measured, "loss"):

@@ -11,9 +11,11 @@ from typing import Any, Literal, get_type_hints
 from dlzo.errors import UserError
 
 DECAYS = ("none", "linear", "cosine")
-METHODS = ("dominant", "mezo", "lozo")
+METHODS = ("dominant", "mezo", "lozo", "lora")
 PARTS = ("all", "attention", "mlp")
+CHANNELS = ("all", "outlier")
 MAX_RANK = 1024  # a larger one is not low, and takes memory
+_LORA_RANK, _LOZO_RANK = 8, 2  # as in MeZO and in LOZO
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
     **dict.fromkeys(("rank", "interval"), 1),
@@ -31,10 +33,14 @@ class TrainConfig:
             (arXiv 2305.17333) on all parameters of the model, but exact, from a float32 master of
             all of them: 4 bytes a parameter beside the weights and a copy of the best ones;
             "lozo" (arXiv 2410.07698) on all parameters or the given layers, along directions of
-            low rank, as exact.
+            low rank, as exact; "lora" on LoRA adapters of all layers or of the given ones, by PEFT,
+            with MeZO's choice of matrices (it has eps 1e-2 and lr 5e-5 to 1e-4 for them).
         layer: index of the tuned decoder layer, or of several; None to let the probe find it, or
-            for all parameters, by the method.
+            for all of them, by the method.
         part: what of the layer is tuned: "all", "attention" or "mlp".
+        channels: of the residual stream, into which what is tuned of the layer writes: "all",
+            "outlier" for the `top` ones by their largest activation, or their numbers.
+        top: which share of the channels are outliers.
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
@@ -50,7 +56,7 @@ class TrainConfig:
         prefix_cache_mb: the most memory, in 10^6 bytes, for the tuned layer's inputs, which never
             change; 0 computes them anew at each step.
         prefix_cache_dir: folder for those beyond it, found again by later runs; None keeps none.
-        rank: of the directions of "lozo".
+        rank: of the directions of "lozo", or of the adapters of "lora"; None for 2 or 8.
         interval: steps for which "lozo" stays in one subspace.
         directions: perturbations in a step, whose updates are averaged.
         sync_steps: steps from one fsync of the journal to the next: what a power cut may take.
@@ -64,6 +70,8 @@ class TrainConfig:
     method: str = "dominant"
     layer: int | Sequence[int] | None = None
     part: str = "all"
+    channels: str | Sequence[int] = "all"
+    top: float = 0.01
     steps: int = 300
     batch_size: int = 16
     eps: float = 1e-3
@@ -75,7 +83,7 @@ class TrainConfig:
     eval_every: int = 100
     prefix_cache_mb: int = 1000
     prefix_cache_dir: str | None = None
-    rank: int = 2
+    rank: int | None = None
     interval: int = 50
     directions: int = 1
     sync_steps: int = 100
@@ -99,12 +107,26 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
+        if self.rank is None:
+            object.__setattr__(self, "rank", _LORA_RANK if self.method == "lora" else _LOZO_RANK)
         if self.part not in PARTS:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
             raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
         if self.method == "mezo" and self.layers:
             raise UserError("method 'mezo' tunes all parameters: leave out layer")
+        if isinstance(self.channels, str) and self.channels not in CHANNELS:
+            raise UserError(f"channels are {self.channels!r}: choose {' or '.join(CHANNELS)}")
+        if not isinstance(self.channels, str) and not (
+            self.channels and all(type(i) is int and i >= 0 for i in self.channels)
+        ):
+            raise UserError(f"channels are {str(self.channels)[:60]}: give their numbers, from 0")
+        if self.channels != "all" and self.method != "dominant":
+            raise UserError(f"method {self.method!r} tunes all channels: leave out channels")
+        if not 0 < self.top <= 1:
+            raise UserError(f"top is {self.top}: give a share of the channels, such as 0.01")
+        if self.method == "lora" and self.part != "all":
+            raise UserError(f"part is {self.part!r} and method 'lora' has its own: leave it out")
         if self.method != "dominant" and self.part != "all" and not self.layers:
             raise UserError(f"part is {self.part!r} of all parameters: leave it out")
         for name, least in _LEAST.items():
@@ -134,7 +156,8 @@ class TrainConfig:
 def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
     """The configuration in a settings file from anywhere."""
     # A hint may have parameters, which isinstance does not take; a run has a number as its lr.
-    types = get_type_hints(TrainConfig) | {"layer": int | list | None, "lr": float}
+    own = {"layer": int | list | None, "channels": str | list, "lr": float}
+    types = get_type_hints(TrainConfig) | own
     for name, value in values.items():
         # An int is a float in JSON.
         kind = types.get(name, ())

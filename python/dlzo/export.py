@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dlzo.adapter import WEIGHTS_FILE, load_adapter, read_config
+from dlzo.adapter import PEFT_FILE, WEIGHTS_FILE, load_adapter, read_config
 from dlzo.errors import UserError
 from dlzo.files import new_folder, parse_json_object
+from dlzo.lora import take_out
 from dlzo.models import load_model, parse_dtype
 from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
 from dlzo.target import describe
@@ -48,6 +49,9 @@ _USE = {
 model, tokenizer = dlzo.load_model("{base_model}", dtype=torch.{dtype})
 dlzo.load_adapter(model, "FOLDER OR HUB ID")
 ```""",
+    "LoRA": """```python
+model = PeftModel.from_pretrained(model, "FOLDER OR HUB ID")  # or dlzo.load_adapter
+```""",
     "model": """```python
 model = AutoModelForCausalLM.from_pretrained("FOLDER OR HUB ID", dtype=torch.{dtype})
 ```""",
@@ -80,6 +84,8 @@ def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
             (stage / CARD_FILE).write_text(card, encoding="utf-8")
             if form == "adapter":
                 shutil.copyfile(run / WEIGHTS_FILE, stage / WEIGHTS_FILE)
+                if "lora" in config:
+                    shutil.copyfile(run / PEFT_FILE, stage / PEFT_FILE)
             elif form == "journal":
                 shutil.copyfile(run / JOURNAL_FILE, stage / JOURNAL_FILE)
             else:
@@ -91,7 +97,8 @@ def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
 def _save_merged(run: Path, folder: Path) -> None:
     settings = read_settings(run)
     model, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
-    load_adapter(model, run)
+    if "lora" in load_adapter(model, run):
+        take_out(model, merge=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -102,11 +109,12 @@ def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
     fields = {
         **config,
         "base_model": base.name if base.exists() else config["base_model"],
-        "tuned": describe(config["layers"], config["part"]),
+        "tuned": describe(config),
     }
+    use = _USE["LoRA" if form == "adapter" and "lora" in config else form]
     try:
         return _CARD.format(
-            **fields, what=_WHAT[form], use=_USE[form].format(**fields), figures=_figures(run)
+            **fields, what=_WHAT[form], use=use.format(**fields), figures=_figures(run)
         )
     except KeyError as error:
         raise UserError(f"the adapter in {str(run)!r} does not say its {error}") from error

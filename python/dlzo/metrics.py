@@ -47,6 +47,7 @@ class Metrics(TypedDict):
     method: str
     layers: list[int]
     part: str
+    channels: str | list[int]
     steps: int
     batch_size: int
     directions: int

@@ -116,7 +116,7 @@ def plot_history(metrics: Metrics, path: Path) -> None:
     panels[0].legend(frameon=False)
     panels[1].set_xlabel("step")
     panels[0].set_title(
-        f"{metrics['model']}: {metrics['task']}, {describe(metrics['layers'], metrics['part'])}",
+        f"{metrics['model']}: {metrics['task']}, {describe(metrics)}",
         loc="left",
     )
     _save(figure, path)

@@ -271,7 +271,7 @@ def probe(
     Raises:
         UserError: no text has a token, or the activations are not finite.
     """
-    encoded = _encode(model, tokenizer, calibration_texts() if texts is None else texts)
+    encoded = calibration_tokens(model, tokenizer, texts)
     sites = find_sites(model)
     found = run(model, encoded, LENGTHS, sites)
     absmax, kurtosis = found.profile(LENGTHS[-1])
@@ -380,9 +380,15 @@ def _brief(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+def calibration_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None
 ) -> list[list[int]]:
+    """The first tokens of texts, of the built-in ones if None: what the probe reads.
+
+    Raises:
+        UserError: no text has a token.
+    """
+    texts = calibration_texts() if texts is None else texts
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTHS[-1])
     encoded = [tokenizer(text).input_ids[: min(longest, LENGTHS[-1])] for text in texts]
     encoded = [ids for ids in encoded if ids]

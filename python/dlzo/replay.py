@@ -12,10 +12,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dlzo.adapter import WEIGHTS_FILE, dtype_name, save_adapter
+from dlzo.channels import chosen_channels
 from dlzo.errors import UserError
 from dlzo.journal import Reader
+from dlzo.lora import Lora
 from dlzo.records import Header, Parameter
-from dlzo.rule import rule_in
+from dlzo.rule import rank_in, rule_in
 from dlzo.target import Target
 from dlzo_kernels import NOISE_VERSION, __version__
 
@@ -44,7 +46,6 @@ def replay(
     reader = Reader(path)
     if (folder / WEIGHTS_FILE).exists():
         raise UserError(f"{str(folder)!r} holds an adapter: choose another folder")
-    target = fitting_target(reader, model)
     for _ in reader:
         pass
     until = reader.last if until is None else until
@@ -52,8 +53,9 @@ def replay(
         raise UserError(
             f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
         )
-    header = reader.header
-    rule_in(header).replay(target.modules, islice(Reader(path).steps(), until))
+    header, rule = reader.header, rule_in(reader.header)
+    target = fitting_target(reader, model)
+    rule.replay(target.modules, islice(Reader(path).steps(), until))
     try:
         save_adapter(
             folder,
@@ -94,21 +96,28 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
         UserError: it does not fit `model` as it is now.
     """
     header = reader.header
+    lora = Lora(rank_in(header), header.seed) if header.settings.get("method") == "lora" else None
     try:
-        target = Target(model, header.layers, header.settings.get("part", "all"))
+        channels = chosen_channels(header.settings.get("channels", "all"))
+    except ValueError as error:
+        raise UserError("the journal has invalid channels: do not use it") from error
+    try:
+        part = header.settings.get("part", "all")
+        target = Target(model, header.layers, part, lora, channels)
     except UserError as error:
         raise UserError(
             f"journal {str(reader.path)!r} does not fit the model ({error}): load its base model, "
             f"{header.base_model!r}"
         ) from error
-    found = base_fields(target)
-    # Neither the name of the model nor the release of dlzo moves a bit.
-    binding = {name: found[name] for name in found if name not in ("base_model", "library_version")}
-    if differing := differences(header, binding):
-        raise UserError(
-            f"journal {str(reader.path)!r} does not fit the model: {differing}; "
-            f"load its base model, {header.base_model!r}, untuned and in {header.dtype}"
-        )
+    with target.undone_by_error():
+        # Neither the name of the model nor the release of dlzo moves a bit.
+        unbound = ("base_model", "library_version")
+        found = {name: v for name, v in base_fields(target).items() if name not in unbound}
+        if differing := differences(header, found):
+            raise UserError(
+                f"journal {str(reader.path)!r} does not fit the model: {differing}; "
+                f"load its base model, {header.base_model!r}, untuned and in {header.dtype}"
+            )
     return target
 
 

@@ -86,12 +86,22 @@ def rule_in(header: Header) -> Rule:
         raise UserError("the journal has an invalid weight_decay: do not use it")
     if settings.get("method") != "lozo":
         return Rule(header.seed, weight_decay)
-    rank, interval = settings.get("rank"), settings.get("interval")
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        raise UserError("the journal has an invalid rank: do not use it")
+    interval = settings.get("interval")
     if type(interval) is not int or interval < 1:
         raise UserError("the journal has an invalid interval: do not use it")
-    return Rule(header.seed, weight_decay, rank, interval)
+    return Rule(header.seed, weight_decay, rank_in(header), interval)
+
+
+def rank_in(header: Header) -> int:
+    """The rank in a journal's header, which may be from anywhere.
+
+    Raises:
+        UserError: it is not valid.
+    """
+    rank = header.settings.get("rank")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise UserError("the journal has an invalid rank: do not use it")
+    return rank
 
 
 def _updates(steps: Iterable[Step]) -> Iterator[tuple[int, float, int]]:

@@ -1,18 +1,22 @@
-"""What a run tunes: decoder layers, the attention or the MLP of these, or the whole model."""
+"""What a run tunes: decoder layers, a part of these or adapters in them, or the whole model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dlzo.channels import written_into
 from dlzo.config import PARTS
 from dlzo.errors import UserError
+from dlzo.lora import Adapters, Lora, take_out
 from dlzo.models import decoder_layers, layer_parts
 
 
@@ -23,16 +27,21 @@ class Target:
     Attributes:
         model: all of it.
         layers: indices of the tuned decoder layers, lowest first; none: the whole model is tuned,
-            embeddings and output embeddings too.
+            embeddings and output embeddings too, or the adapters of all layers.
         part: what of these layers: "all", "attention" or "mlp".
+        lora: of the adapters that are tuned alone: the target puts them into the model.
+        channels: those into which what is tuned writes, lowest first; none: all of these layers.
 
     Raises:
-        UserError: the model has no such layer, or the layer no such part.
+        UserError: the model has no such layer or channel, the layer no such part, or no adapter
+            fits.
     """
 
     model: PreTrainedModel
     layers: tuple[int, ...]
     part: str = "all"
+    lora: Lora | None = None
+    channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(decoder_layers(self.model))
@@ -45,6 +54,10 @@ class Target:
             raise UserError(f"part is {self.part!r}: choose {', '.join(PARTS)}")
         if self.part != "all" and not self.layers:
             raise UserError(f"part is {self.part!r}: only decoder layers have it, name one")
+        if list(self.channels) != sorted(set(self.channels)):
+            raise UserError(f"channels are {self.channels}: give each once, the lowest first")
+        if self.channels and not self.layers:
+            raise UserError("channels are given and no layer: only decoder layers write into them")
         _ = self.modules
 
     @property
@@ -54,8 +67,19 @@ class Target:
         return [layers[i] for i in self.layers]
 
     @cached_property
+    def adapters(self) -> Adapters | None:
+        """The adapters, if it is these that are tuned."""
+        if self.lora is None:
+            return None
+        return Adapters(self.model, self.decoder_layers or decoder_layers(self.model), self.lora)
+
+    @cached_property
     def modules(self) -> list[nn.Module]:
         """What holds the tuned parameters; their streams of noise are numbered through it."""
+        if self.adapters is not None:
+            return self.adapters.matrices
+        if self.channels:
+            return list(self._views.values())
         if not self.layers:
             return [self.model]
         if self.part == "all":
@@ -69,6 +93,12 @@ class Target:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by their full names in the model, frozen ones too."""
+        if self.channels:
+            return {
+                f"{matrix}.{name}": view
+                for matrix, views in self._views.items()
+                for name, view in views.named_parameters()
+            }
         return {name: p for name, p in self.model.named_parameters() if id(p) in self._streams}
 
     def stream(self, name: str) -> int:
@@ -76,8 +106,8 @@ class Target:
         return self._streams[id(self.parameters[name])]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as they are now."""
-        return weights_fingerprint(self.modules)
+        """SHA-256 of the weights as they are now; adapters with what they stand beside."""
+        return weights_fingerprint(self.modules if self.adapters is None else self.adapters.modules)
 
     def weights(self) -> list[torch.Tensor]:
         """A copy of the weights as they are now."""
@@ -89,19 +119,43 @@ class Target:
         for parameter, kept in zip(self.parameters.values(), weights, strict=True):
             parameter.copy_(kept)
 
+    @contextmanager
+    def undone_by_error(self) -> Iterator[Target]:
+        """Takes the adapters out of the model again where the `with` ends in an error."""
+        try:
+            yield self
+        except BaseException:
+            if self.adapters is not None:
+                take_out(self.model)
+            raise
+
+    @cached_property
+    def _views(self) -> dict[str, nn.Module]:
+        return written_into(self.model, self.layers, self.part, self.channels)
+
     @cached_property
     def _streams(self) -> dict[int, int]:
         own = dict.fromkeys(id(p) for module in self.modules for p in module.parameters())
         return {parameter: i for i, parameter in enumerate(own)}
 
 
-def describe(layers: Sequence[int], part: str) -> str:
-    """What is tuned, in words: "layer 11", "the MLP of layers 5 and 11"."""
+def describe(run: Mapping[str, Any]) -> str:
+    """What is tuned, in words: "layer 11", "the MLP of layers 5 and 11", "LoRA on layer 11".
+
+    Args:
+        run: its metrics or its adapter's configuration: `layers`, `part`, `method`, `channels`.
+    """
+    layers, lora = run["layers"], run.get("method") == "lora"
+    part, channels = run.get("part", "all"), run.get("channels", "all")
     if not layers:
-        return "all parameters"
+        return "LoRA on all layers" if lora else "all parameters"
     numbers = " and ".join(filter(None, (", ".join(map(str, layers[:-1])), str(layers[-1]))))
     which = f"layer{'s' if len(layers) > 1 else ''} {numbers}"
-    return which if part == "all" else f"the {'MLP' if part == 'mlp' else part} of {which}"
+    if lora:
+        return f"LoRA on {which}"
+    if part != "all":
+        which = f"the {'MLP' if part == 'mlp' else part} of {which}"
+    return which if channels == "all" else f"{len(channels)} channels of {which}"
 
 
 def weights_fingerprint(modules: Iterable[nn.Module]) -> str:

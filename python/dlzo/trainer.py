@@ -20,11 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
 from dlzo.adapter import dtype_name, save_adapter
+from dlzo.channels import chosen_channels, outlier_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
 from dlzo.journal import Reader, Writer, create
 from dlzo.learning_rate import find_lr
+from dlzo.lora import Lora
 from dlzo.metrics import (
     HistoryEntry,
     Metrics,
@@ -97,24 +99,23 @@ def train(
     distributed.from_first_rank(lambda: check_free(out, overwrite))
     with sole_use(model):
         examples = _load_examples(config, data_dir)
-        layers = distributed.from_first_rank(lambda: _find_layers(model, tokenizer, config))
-        target = Target(model, layers, config.part)
-        config = replace(config, layer=layers)
-        if config.lr == "auto":
-            lr, _ = find_lr(target, tokenizer, config, examples["train"])
-            config = replace(config, lr=lr)
-        run = _Run(target, tokenizer, config, examples, out)
-        untuned = run.evaluate_untuned()
-        settings = {
-            "model": absolute_name(model.name_or_path),
-            "dtype": dtype_name(model),
-            "data": str(Path(data_dir).resolve()),
-            "config": asdict(config),
-        }
+        config = distributed.from_first_rank(lambda: _resolved(model, tokenizer, config))
         with ExitStack() as stack:
-            distributed.from_first_rank(
-                lambda: stack.enter_context(new_run(out, settings, overwrite=overwrite))
-            )
+            with _target(model, config).undone_by_error() as target:
+                if config.lr == "auto":
+                    lr, _ = find_lr(target, tokenizer, config, examples["train"])
+                    config = replace(config, lr=lr)
+                run = _Run(target, tokenizer, config, examples, out)
+                untuned = run.evaluate_untuned()
+                settings = {
+                    "model": absolute_name(model.name_or_path),
+                    "dtype": dtype_name(model),
+                    "data": str(Path(data_dir).resolve()),
+                    "config": asdict(config),
+                }
+                distributed.from_first_rank(
+                    lambda: stack.enter_context(new_run(out, settings, overwrite=overwrite))
+                )
             return run.complete(started, on_progress, untuned)
 
 
@@ -144,8 +145,9 @@ def resume(
             return metrics
         config = parse_config(settings["config"], out)
         examples = _load_examples(config, settings["data"])
-        target = Target(model, _find_layers(model, tokenizer, config), config.part)
-        run = _Run(target, tokenizer, config, examples, out)
+        config = _resolved(model, tokenizer, config)
+        with _target(model, config).undone_by_error() as target:
+            run = _Run(target, tokenizer, config, examples, out)
         return run.complete(started, on_progress)
 
 
@@ -204,7 +206,9 @@ class _Run:
         distributed.check_equal(self._digest, "the model, the data or the settings")
         try:
             with ExitStack() as stack:
-                self._catch_up(distributed.from_first_rank(lambda: self._open_journal(stack)))
+                with self.target.undone_by_error():
+                    records = distributed.from_first_rank(lambda: self._open_journal(stack))
+                self._catch_up(records)
                 if self.progress.untuned is None:
                     self._record(Event(0, "untuned", untuned or self.evaluate_untuned()))
                 if not self._is_validated(self.config.steps):
@@ -364,6 +368,7 @@ class _Run:
             method=config.method,
             layers=list(self.target.layers),
             part=config.part,
+            channels=config.channels,
             steps=config.steps,
             batch_size=config.batch_size,
             directions=config.directions,
@@ -421,10 +426,28 @@ def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, lis
     return examples
 
 
+def _resolved(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> TrainConfig:
+    """The configuration with the layers and channels that it leaves to be found, by number."""
+    layers, channels = _find_layers(model, tokenizer, config), config.channels
+    if channels == "outlier":
+        tuned = Target(model, layers).decoder_layers
+        channels = outlier_channels(model, tokenizer, tuned, config.top)
+    elif channels != "all":
+        channels = sorted(set(channels))
+    return replace(config, layer=layers, channels=channels)
+
+
+def _target(model: PreTrainedModel, config: TrainConfig) -> Target:
+    lora = Lora(config.rank, config.seed) if config.method == "lora" else None
+    return Target(model, config.layers, config.part, lora, chosen_channels(config.channels))
+
+
 def _find_layers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> tuple[int, ...]:
-    """The layers to tune: those given, or the dominant one; none for all parameters."""
+    """The layers to tune: those given, or the dominant one; none for all of them."""
     if config.layers or config.method != "dominant":
         return config.layers
     decision = probe(model, tokenizer).decision
