@@ -122,7 +122,7 @@ def sensitivity(
         model: a decoder-only model in eval mode, better in float32: in 16 bits much of the
             difference drowns in rounding.
         tokenizer: its tokenizer.
-        task: name of the task.
+        task: name of the task, or path of a .yaml file that describes it.
         data_dir: folder of its train.jsonl.
         layers: which decoder layers; None for all.
         seeds: perturbations of each layer.
@@ -176,7 +176,7 @@ def sensitivity(
             on_layer(found[-1])
     return SensitivityReport(
         model.name_or_path,
-        task,
+        definition.name,
         dtype_name(model),
         seeds,
         batches,
