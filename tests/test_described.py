@@ -121,6 +121,7 @@ BAD = {
     "unknown key": (changed(FIXED, metric="f1"), "key 'metric' is not known: choose from name"),
     "no name": (changed(FIXED, name=None), "key 'name' is missing"),
     "name": (changed(FIXED, name="a/b"), "task name 'a/b': give up to 60 letters"),
+    "name of ours": (changed(FIXED, name="rte"), "key 'name' is 'rte', which is taken"),
     "no prompt": (changed(FIXED, prompt=None), "key 'prompt' is missing"),
     "prompt": (changed(FIXED, prompt=["a"]), "key 'prompt' holds no text"),
     "constant prompt": (changed(FIXED, prompt="a"), "key 'prompt' has no {field}"),
@@ -353,6 +354,8 @@ def test_examples_that_cannot_be_judged_are_refused(tmp_path):
     task = Task("mine", texts("sentence"), lambda row: Example("a", (" b",), 1))
     with pytest.raises(UserError, match="line 1: the right option is 1 of 1"):
         load_split(task, tmp_path, "train")
+    with pytest.raises(ValueError, match="the right option is -1 of 1"):
+        Example("a", (" b",), -1)
     task = Task("mine", (), lambda row: Example("a", (" b",), 0), loss="gold", metric="f1")
     with pytest.raises(UserError, match="line 1 has no answers"):
         load_split(task, tmp_path, "train")

@@ -31,7 +31,10 @@ def get_task(name: str) -> Task:
         UserError: there is no such task, or the file is not valid.
     """
     if name.endswith(SUFFIXES):
-        return read_task(name)
+        task = read_task(name)
+        if task.name in _OWN:
+            raise UserError(f"task file {name!r}: key 'name' is {task.name!r}, which is taken")
+        return task
     tasks = _OWN | _registered
     if name not in tasks:
         raise UserError(
