@@ -1,4 +1,4 @@
-"""The command `dlzo`: probe, sensitivity, train, replay, export, eval, demo, journal."""
+"""The command `dlzo`: probe, sensitivity, train, replay, export, eval, lm-eval, demo, journal."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.adapter import load_adapter
 from dlzo.calibration import read_texts
@@ -34,6 +35,7 @@ from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.export import Form, export
 from dlzo.files import replace_file
+from dlzo.harness import lm_eval, lm_eval_report
 from dlzo.journal import Reader
 from dlzo.metrics import HistoryEntry, Metrics
 from dlzo.models import decoder_layers, load_model, parse_dtype
@@ -71,6 +73,7 @@ Data = Annotated[
         "from the Hugging Face hub."
     ),
 ]
+Adapter = Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result: a .png or .svg file.")]
 
@@ -267,20 +270,41 @@ def eval_command(
     model: Model,
     task: Task,
     data: Data = None,
-    adapter: Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")] = None,
+    adapter: Adapter = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     dtype: Dtype = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Score a model, as it is or with an adapter, on one split of a task."""
     folder = _data_folder(task, data)
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
-    if adapter is not None:
-        load_adapter(loaded, adapter)
+    loaded, tokenizer = _load(model, adapter, dtype)
     found = evaluate(loaded, tokenizer, task, folder, cast(Split, split))
     console.print_json(json.dumps(found))
     if json_file is not None:
         _write_json(json_file, found)
+
+
+@app.command("lm-eval")
+def lm_eval_command(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, such as a,b.")],
+    adapter: Adapter = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of further tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The most examples of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a forward.")] = 1,
+    dtype: Dtype = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Ask lm-evaluation-harness for a second opinion on a model, with or without an adapter."""
+    loaded, tokenizer = _load(model, adapter, dtype)
+    found = lm_eval(
+        loaded, tokenizer, tasks.split(","), include=include, limit=limit, batch_size=batch_size
+    )
+    from lm_eval.utils import make_table
+
+    console.print(make_table(found), highlight=False, markup=False, soft_wrap=True)
+    if json_file is not None:
+        _write_json(json_file, lm_eval_report(found))
 
 
 @app.command("demo")
@@ -331,6 +355,15 @@ def _fail(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(2)
+
+
+def _load(
+    model: str, adapter: str | None, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    if adapter is not None:
+        load_adapter(loaded, adapter)
+    return loaded, tokenizer
 
 
 def _data_folder(task: str, data: Path | None) -> Path:
