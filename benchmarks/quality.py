@@ -135,8 +135,9 @@ class Bench:
         if (row := find(SEARCHES, key)) is None and self.data is not None:
             model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
             target = Target(model, config.layers, config.part)
-            examples = load_split(get_task(config.task), self.data / config.task, "train")
-            lr, losses = find_lr(target, tokenizer, config, examples)
+            task = get_task(config.task)
+            examples = load_split(task, self.data / config.task, "train")
+            lr, losses = find_lr(target, tokenizer, config, task, examples)
             found = {"untuned_loss": f"{losses[0.0]:.4f}", "lowest_loss": f"{losses[lr]:.4f}"}
             append(SEARCHES, SEARCH_FIELDS, [{**key, "lr": f"{lr:g}", **found}])
             row = find(SEARCHES, key)

@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dlzo.config import TrainConfig
+from dlzo.metrics import HistoryEntry
+from dlzo.trainer import OnProgress
 from tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(" terrible", " great")
@@ -48,6 +50,16 @@ def result(out: Path) -> dict[str, object]:
         name: (out / name).read_bytes() for name in ("adapter_model.safetensors", "journal.zo")
     }
     return {**files, "metrics": metrics, "names": sorted(path.name for path in out.iterdir())}
+
+
+def stopping_at(step: int, error: type[BaseException] = KeyboardInterrupt) -> OnProgress:
+    """Ends a run when it reports this step."""
+
+    def on_progress(entry: HistoryEntry) -> None:
+        if entry["step"] == step:
+            raise error
+
+    return on_progress
 
 
 class Killed(BaseException):

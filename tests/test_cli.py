@@ -153,6 +153,23 @@ def test_sensitivity_writes_what_it_shows(run, model, data, tmp_path):
     assert plot.stat().st_size > 1000
 
 
+def test_without_data_the_task_has_its_public_data_set(run, model, data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "public_data", lambda task: asked.append(task) or Path(data))
+    given = ["--task", "sst2", "--dtype", "float32", "--json", tmp_path / "found.json"]
+    assert run("eval", model, *given)[0] == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    arguments = train_arguments(model, data, tmp_path / "out")
+    arguments[arguments.index("--data") : arguments.index("--out")] = []
+    assert run(*arguments)[0] == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["zero_shot"] == found
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["data"] == data
+    few = ["--layers", "1", "--seeds", 2, "--batches", 2]
+    assert run("sensitivity", model, *given, *few)[0] == 0
+    assert asked == ["sst2"] * 3
+
+
 BAD = {
     "model": (["probe", "no/such-model-here"], "no/such-model-here"),
     "dtype": (["probe", "MODEL", "--dtype", "int8"], "'int8'"),
@@ -164,6 +181,11 @@ BAD = {
         ["sensitivity", "MODEL", "--task", "sst2", "--data", "DATA", "--layers", "1-x"],
         "'1-x'",
     ),
+    "task file": (
+        ["eval", "MODEL", "--task", "no/task.yaml", "--data", "DATA"],
+        "'no/task.yaml'",
+    ),
+    "no public data": (["eval", "MODEL", "--task", "sst9"], "'sst9' is not known"),
     "split": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--split", "dev"], "'dev'"),
     "data": (["eval", "MODEL", "--task", "sst2", "--data", "nowhere"], "nowhere"),
     "adapter": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--adapter", "x"], "'x'"),

@@ -45,7 +45,8 @@ def data(tmp_path):
 
 def search(model, data, config):
     target = Target(model, config.layers, config.part)
-    return find_lr(target, TOKENIZER, config, load_split(get_task("sst2"), data, "train"))
+    task = get_task("sst2")
+    return find_lr(target, TOKENIZER, config, task, load_split(task, data, "train"))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,7 +18,7 @@ from dlzo.journal import Reader, Writer, create
 from dlzo.records import Event, Step
 from dlzo.scoring import PrefixCache
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, write_data
+from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, stopping_at, write_data
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2, sync_steps=3)
@@ -41,14 +41,6 @@ def tiny(dtype=torch.float32):
     model = tiny_model(dtype=dtype)
     model.name_or_path = "tiny"
     return model
-
-
-def stopping_at(step, error=KeyboardInterrupt):
-    def on_progress(entry):
-        if entry["step"] == step:
-            raise error
-
-    return on_progress
 
 
 def stop_in_call(monkeypatch, name, number):

@@ -8,6 +8,7 @@ from dlzo.evaluation import evaluate
 from dlzo.export import export
 from dlzo.models import decoder_layers, load_model
 from dlzo.replay import replay
+from dlzo.tasks.hub import public_data
 from dlzo.trainer import resume, train
 from dlzo_kernels import __version__
 
@@ -21,6 +22,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "probe",
+    "public_data",
     "replay",
     "resume",
     "train",

@@ -1,4 +1,4 @@
-"""The command `dlzo`: probe, sensitivity, train, replay, export, eval, demo, journal."""
+"""The command `dlzo`: probe, sensitivity, train, replay, export, eval, lm-eval, demo, journal."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.adapter import load_adapter
 from dlzo.calibration import read_texts
@@ -34,6 +35,7 @@ from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.export import Form, export
 from dlzo.files import replace_file
+from dlzo.harness import lm_eval, lm_eval_report
 from dlzo.journal import Reader
 from dlzo.metrics import HistoryEntry, Metrics
 from dlzo.models import decoder_layers, load_model, parse_dtype
@@ -44,6 +46,7 @@ from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
 from dlzo.sensitivity import sensitivity
 from dlzo.target import describe
 from dlzo.tasks import Split
+from dlzo.tasks.hub import public_data
 from dlzo.trainer import resume, train
 
 app = typer.Typer(
@@ -62,8 +65,15 @@ _NEXT = """What to try next:
   dlzo probe MODEL --plot layers.png                          the dominant layer of another model"""
 
 Model = Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or 'smollm2'.")]
-Task = Annotated[str, typer.Option(help="The task, such as sst2.")]
-Data = Annotated[Path, typer.Option(help="Folder of train, validation and test.jsonl.")]
+Task = Annotated[str, typer.Option(help="The task, such as sst2, or a .yaml file of your own.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of train, validation and test.jsonl; by default the task's public data set, "
+        "from the Hugging Face hub."
+    ),
+]
+Adapter = Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result: a .png or .svg file.")]
 
@@ -94,7 +104,7 @@ def probe_command(
 def sensitivity_command(
     model: Model,
     task: Task,
-    data: Data,
+    data: Data = None,
     layers: Annotated[str, typer.Option(help="Such as 0-5,11; by default all.")] = "all",
     seeds: Annotated[int, typer.Option(help="Perturbations of each layer.")] = 8,
     batches: Annotated[int, typer.Option(help="On which each is scored.")] = 4,
@@ -106,7 +116,7 @@ def sensitivity_command(
     plot: Plot = None,
 ) -> None:
     """Measure each layer's zeroth-order signal, its stability and how its effect grows."""
-    chosen = _parse_layers(layers)
+    chosen, folder = _parse_layers(layers), _data_folder(task, data)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
     with Progress(console=console) as bar:
         progress = bar.add_task("measuring layers", total=len(chosen or decoder_layers(loaded)))
@@ -114,7 +124,7 @@ def sensitivity_command(
             loaded,
             tokenizer,
             task,
-            data,
+            folder,
             layers=chosen,
             seeds=seeds,
             batches=batches,
@@ -134,8 +144,10 @@ def sensitivity_command(
 def train_command(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder, GGUF file, hub id or name.")] = None,
-    task: Annotated[str | None, typer.Option(help="The task, such as sst2.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the task's .jsonl files.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The task, such as sst2, or a .yaml file of your own.")
+    ] = None,
+    data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     method: Annotated[
         str, typer.Option(help="dominant; mezo, all parameters; lozo, these by low rank; lora.")
@@ -197,8 +209,8 @@ def train_command(
     if resume_from is not None:
         _refuse_beside_resume(context)
         metrics = _resume(resume_from)
-    elif model is None or task is None or data is None or out is None:
-        raise UserError("train needs MODEL, --task, --data and --out, or --resume FOLDER")
+    elif model is None or task is None or out is None:
+        raise UserError("train needs MODEL, --task and --out, or --resume FOLDER")
     else:
         config = TrainConfig(
             task=task,
@@ -224,10 +236,11 @@ def train_command(
             sync_steps=sync_steps,
             sync_seconds=sync_seconds,
         )
+        folder = _data_folder(task, data)
         loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
         with _resumable(out), _progress(steps) as on_progress:
             metrics = train(
-                loaded, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+                loaded, tokenizer, config, folder, out, overwrite=overwrite, on_progress=on_progress
             )
     console.print(_summary(metrics))
     console.print(f"written to {out or resume_from}", highlight=False)
@@ -266,20 +279,42 @@ def export_command(
 def eval_command(
     model: Model,
     task: Task,
-    data: Data,
-    adapter: Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")] = None,
+    data: Data = None,
+    adapter: Adapter = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     dtype: Dtype = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Score a model, as it is or with an adapter, on one split of a task."""
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
-    if adapter is not None:
-        load_adapter(loaded, adapter)
-    found = evaluate(loaded, tokenizer, task, data, cast(Split, split))
+    folder = _data_folder(task, data)
+    loaded, tokenizer = _load(model, adapter, dtype)
+    found = evaluate(loaded, tokenizer, task, folder, cast(Split, split))
     console.print_json(json.dumps(found))
     if json_file is not None:
         _write_json(json_file, found)
+
+
+@app.command("lm-eval")
+def lm_eval_command(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, such as a,b.")],
+    adapter: Adapter = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of further tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The most examples of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a forward.")] = 1,
+    dtype: Dtype = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Ask lm-evaluation-harness for a second opinion on a model, with or without an adapter."""
+    loaded, tokenizer = _load(model, adapter, dtype)
+    found = lm_eval(
+        loaded, tokenizer, tasks.split(","), include=include, limit=limit, batch_size=batch_size
+    )
+    from lm_eval.utils import make_table
+
+    console.print(make_table(found), highlight=False, markup=False, soft_wrap=True)
+    if json_file is not None:
+        _write_json(json_file, lm_eval_report(found))
 
 
 @app.command("demo")
@@ -330,6 +365,20 @@ def _fail(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(2)
+
+
+def _load(
+    model: str, adapter: str | None, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    if adapter is not None:
+        load_adapter(loaded, adapter)
+    return loaded, tokenizer
+
+
+def _data_folder(task: str, data: Path | None) -> Path:
+    """The given folder, or that of the task's public data set."""
+    return from_first_rank(lambda: public_data(task)) if data is None else data
 
 
 def _refuse_beside_resume(context: typer.Context) -> None:

@@ -28,7 +28,7 @@ class TrainConfig:
     """What to train and how.
 
     Attributes:
-        task: name of the task.
+        task: name of the task, or path of a .yaml file that describes it.
         method: two-point zeroth-order steps, "dominant" on one decoder layer or a few, "mezo"
             (arXiv 2305.17333) on all parameters of the model, but exact, from a float32 master of
             all of them: 4 bytes a parameter beside the weights and a copy of the best ones;

@@ -38,6 +38,13 @@ def evaluate(
 ) -> Evaluation:
     """Judges a model as it is on one split of a task's data: of "test", the same bits as in a run.
 
+    Args:
+        model: a decoder-only model.
+        tokenizer: its tokenizer.
+        task: name of the task, or path of a .yaml file that describes it.
+        data_dir: folder of the split's .jsonl file.
+        split: "train", "validation" or "test".
+
     Raises:
         UserError: the task is not known, the data cannot be read, or the model is in training.
     """

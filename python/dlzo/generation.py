@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
-from dlzo.scoring import max_length, truncate
+from dlzo.scoring import check_tokenizer, max_length, truncate
 
 BATCH_TOKENS = 4096
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -45,8 +45,10 @@ def generate(
             prompt has more.
 
     Raises:
-        UserError: a prompt is empty, or the context has no room for a prompt and an answer.
+        UserError: a prompt is empty, the context has no room for a prompt and an answer, or the
+            tokenizer puts a token behind each text.
     """
+    check_tokenizer(tokenizer)
     length = max_length(model) - max_new_tokens
     if max_new_tokens < 1 or length < 1:
         raise UserError(

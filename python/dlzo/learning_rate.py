@@ -26,7 +26,7 @@ from dlzo.sampler import batch_indices
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.step import take_step, with_lr
 from dlzo.target import Target
-from dlzo.tasks import Example, get_task
+from dlzo.tasks import Example, Task
 from dlzo_kernels import update_scales
 
 STEPS = 32  # of a trial, at most
@@ -41,6 +41,7 @@ def find_lr(
     target: Target,
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
+    task: Task,
     examples: Sequence[Example],
 ) -> tuple[float, dict[float, float]]:
     """The learning rate for a run; takes some 100 to 150 steps, and leaves every weight as it was.
@@ -49,6 +50,7 @@ def find_lr(
         target: what is tuned.
         tokenizer: of its model.
         config: of the run; its lr is not looked at.
+        task: of the run.
         examples: to train on.
 
     Returns:
@@ -57,7 +59,7 @@ def find_lr(
     Raises:
         UserError: no loss is below that of the untuned weights, or that is not finite.
     """
-    trials = _Trials(target, tokenizer, config, examples)
+    trials = _Trials(target, tokenizer, config, task, examples)
     untuned, move = trials.loss(), trials.first_move()
     if not (math.isfinite(untuned + move) and move > 0):
         raise UserError("lr is 'auto' and losses are equal or not finite: give a number as --lr")
@@ -81,14 +83,15 @@ class _Trials:
         target: Target,
         tokenizer: PreTrainedTokenizerBase,
         config: TrainConfig,
+        task: Task,
         examples: Sequence[Example],
     ) -> None:
         self.target, self.config, self.rule = target, config, rule_of(config)
-        self.task, self.weights = get_task(config.task), target.weights()
+        self.task, self.weights = task, target.weights()
         cache, layers = PrefixCache(config.prefix_cache_mb * 10**6), target.decoder_layers
         model = target.model
-        self.scorer = Scorer(model, tokenizer, layers, loss=self.task.loss, cache=cache)
-        train_set = self.scorer.encode(self.task.drawn(examples))
+        self.scorer = Scorer(model, tokenizer, layers, loss=task.loss, cache=cache)
+        train_set = self.scorer.encode(task.drawn(examples))
         size, count = len(train_set), config.batch_size
         self.steps, epoch = min(STEPS, config.steps), size // count
         last = max(1, epoch + 1 - math.ceil(EXAMPLES / count))

@@ -122,12 +122,20 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
 
 
 def differences(header: Header, expected: Mapping[str, Any]) -> str:
-    """The fields of a header that are not as expected, in words; empty if all are."""
+    """The fields and settings of a header that are not as expected, in words; empty if all are."""
+    found = _with_settings({name: getattr(header, name) for name in expected})
+    expected = _with_settings(expected)
     return ", ".join(
-        f"its {name.replace('_', ' ')} is {_short(own)}, not {_short(value)}"
-        for name, value in expected.items()
-        if (own := getattr(header, name)) != value
+        f"its {name.replace('_', ' ')} is {_short(found.get(name))}, not {_short(value)}"
+        for name in dict.fromkeys((*expected, *found))
+        if found.get(name) != (value := expected.get(name))
     )
+
+
+def _with_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a header, and its settings beside them."""
+    plain = {name: value for name, value in fields.items() if name != "settings"}
+    return fields.get("settings", {}) | plain
 
 
 def _config_fingerprint(model: PreTrainedModel) -> str:

@@ -122,7 +122,7 @@ def sensitivity(
         model: a decoder-only model in eval mode, better in float32: in 16 bits much of the
             difference drowns in rounding.
         tokenizer: its tokenizer.
-        task: name of the task.
+        task: name of the task, or path of a .yaml file that describes it.
         data_dir: folder of its train.jsonl.
         layers: which decoder layers; None for all.
         seeds: perturbations of each layer.
@@ -141,9 +141,7 @@ def sensitivity(
     if not (math.isfinite(eps) and eps > 0):
         raise UserError(f"eps is {eps}: give a number above 0, such as 1e-3")
     definition = get_task(task)
-    examples = load_split(definition, data_dir, "train")
-    if definition.loss == "gold":
-        examples = [example.gold_only() for example in examples]
+    examples = definition.drawn(load_split(definition, data_dir, "train"))
     if not 0 < batch_size <= len(examples):
         raise UserError(
             f"batch_size is {batch_size}: the task has {len(examples)} training examples"
@@ -176,7 +174,7 @@ def sensitivity(
             on_layer(found[-1])
     return SensitivityReport(
         model.name_or_path,
-        task,
+        definition.name,
         dtype_name(model),
         seeds,
         batches,

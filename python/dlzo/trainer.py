@@ -53,7 +53,15 @@ from dlzo.sampler import batch_indices
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.step import shares_examples, take_step
 from dlzo.target import Target
-from dlzo.tasks import Example, Split, fingerprint, get_task, load_splits
+from dlzo.tasks import (
+    Example,
+    Split,
+    Task,
+    absolute_task,
+    fingerprint,
+    get_task,
+    load_splits,
+)
 
 _log = logging.getLogger("dlzo")
 
@@ -98,14 +106,16 @@ def train(
     out = Path(out).resolve()
     distributed.from_first_rank(lambda: check_free(out, overwrite))
     with sole_use(model):
-        examples = _load_examples(config, data_dir)
+        task = get_task(config.task)
+        examples = _load_examples(task, config, data_dir)
         config = distributed.from_first_rank(lambda: _resolved(model, tokenizer, config))
+        config = replace(config, task=absolute_task(config.task))
         with ExitStack() as stack:
             with _target(model, config).undone_by_error() as target:
                 if config.lr == "auto":
-                    lr, _ = find_lr(target, tokenizer, config, examples["train"])
+                    lr, _ = find_lr(target, tokenizer, config, task, examples["train"])
                     config = replace(config, lr=lr)
-                run = _Run(target, tokenizer, config, examples, out)
+                run = _Run(target, tokenizer, config, task, examples, out)
                 untuned = run.evaluate_untuned()
                 settings = {
                     "model": absolute_name(model.name_or_path),
@@ -144,10 +154,11 @@ def resume(
         if (metrics := distributed.from_first_rank(lambda: _finished(out))) is not None:
             return metrics
         config = parse_config(settings["config"], out)
-        examples = _load_examples(config, settings["data"])
+        task = get_task(config.task)
+        examples = _load_examples(task, config, settings["data"])
         config = _resolved(model, tokenizer, config)
         with _target(model, config).undone_by_error() as target:
-            run = _Run(target, tokenizer, config, examples, out)
+            run = _Run(target, tokenizer, config, task, examples, out)
         return run.complete(started, on_progress)
 
 
@@ -163,6 +174,7 @@ class _Run:
         target: Target,
         tokenizer: PreTrainedTokenizerBase,
         config: TrainConfig,
+        task: Task,
         examples: Mapping[Split, Sequence[Example]],
         out: Path,
     ) -> None:
@@ -171,16 +183,16 @@ class _Run:
         self.config = config
         self.rule = rule_of(config)
         self.out = out
-        self.task = get_task(config.task)
+        self.task = task
         cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
         layers = target.decoder_layers
-        self.scorer = Scorer(model, tokenizer, layers, loss=self.task.loss, cache=cache)
+        self.scorer = Scorer(model, tokenizer, layers, loss=task.loss, cache=cache)
         # Without the cache, as in `evaluate`: the same bits.
-        self.test_scorer = Scorer(model, tokenizer, loss=self.task.loss)
-        self.train_set = self.scorer.encode(self.task.drawn(examples["train"]))
+        self.test_scorer = Scorer(model, tokenizer, loss=task.loss)
+        self.train_set = self.scorer.encode(task.drawn(examples["train"]))
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]
-        self.header = _header(base_fields(target), config, fingerprint(examples))
+        self.header = _header(base_fields(target), config, task, fingerprint(examples))
         self.progress = Progress()
         self.best_weights = target.weights()
         self.step_ms = array("d")
@@ -234,12 +246,12 @@ class _Run:
         reader = Reader(path)
         # Another release of dlzo may go on with the run: its noise is checked by its version, and
         # a setting that the first one did not know is the default.
-        settings = _settings(TrainConfig(self.config.task)) | reader.header.settings
+        settings = _settings(TrainConfig(self.config.task), self.task) | reader.header.settings
         found = replace(reader.header, settings=settings)
         expected = vars(replace(self.header, library_version=found.library_version))
         if differing := differences(found, expected):
             raise UserError(
-                f"journal {str(path)!r} is of another model or other data than there are now: "
+                f"journal {str(path)!r} is of another model, task or data than there are now: "
                 f"{differing}; restore them or start the run again"
             )
         deque(reader, maxlen=0)
@@ -345,7 +357,7 @@ class _Run:
             self.target,
             base_fingerprint=self.header.base_fingerprint,
             info={
-                "task": config.task,
+                "task": self.task.name,
                 "method": config.method,
                 "step": self.progress.best["step"],
                 "seed": config.seed,
@@ -364,7 +376,7 @@ class _Run:
         config, progress = self.config, self.progress
         metrics = Metrics(
             model=self.model.name_or_path,
-            task=config.task,
+            task=self.task.name,
             method=config.method,
             layers=list(self.target.layers),
             part=config.part,
@@ -399,25 +411,33 @@ def _finished(out: Path) -> Metrics | None:
     return json.loads(text)
 
 
-def _header(base: Mapping[str, Any], config: TrainConfig, data_fingerprint: str) -> Header:
+def _header(
+    base: Mapping[str, Any], config: TrainConfig, task: Task, data_fingerprint: str
+) -> Header:
     return Header(
         **base,
         data_fingerprint=data_fingerprint,
         directions=config.directions,
         lr=float(config.lr),
         seed=config.seed,
-        settings=_settings(config),
+        settings=_settings(config, task),
     )
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that have no field of their own in a header."""
+def _settings(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """The settings that have no field of their own in a header.
+
+    With the fingerprint of its examples, a task's name, loss and metric say all that it does.
+    """
     own = ("layer", "directions", "lr", "seed")
-    return {name: value for name, value in asdict(config).items() if name not in own}
+    settings = {name: value for name, value in asdict(config).items() if name not in own}
+    return settings | {"task": task.name, "loss": task.loss, "metric": task.metric}
 
 
-def _load_examples(config: TrainConfig, data_dir: str | Path) -> dict[Split, list[Example]]:
-    examples = load_splits(get_task(config.task), data_dir)
+def _load_examples(
+    task: Task, config: TrainConfig, data_dir: str | Path
+) -> dict[Split, list[Example]]:
+    examples = load_splits(task, data_dir)
     if config.batch_size > len(examples["train"]):
         raise UserError(
             f"batch_size is {config.batch_size} and {str(data_dir)!r} has {len(examples['train'])} "

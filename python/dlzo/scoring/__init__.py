@@ -8,7 +8,14 @@ single texts, to rounding.
 `attention` keeps the trees apart, `prefix` keeps the tuned layer's inputs, `scorer` runs the model.
 """
 
-from dlzo.scoring.encoding import MAX_LENGTH, EncodedExample, Option, max_length, truncate
+from dlzo.scoring.encoding import (
+    MAX_LENGTH,
+    EncodedExample,
+    Option,
+    check_tokenizer,
+    max_length,
+    truncate,
+)
 from dlzo.scoring.prefix import PrefixCache
 from dlzo.scoring.scorer import Plan, Scorer, State
 
@@ -20,6 +27,7 @@ __all__ = [
     "PrefixCache",
     "Scorer",
     "State",
+    "check_tokenizer",
     "max_length",
     "truncate",
 ]

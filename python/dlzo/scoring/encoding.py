@@ -60,6 +60,17 @@ def encode(
     return EncodedExample(tuple(sequences), tuple(options), example.gold)
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if there would be a token behind each option or prompt."""
+    tokens = tokenizer("a").input_ids
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    if tokens[-len(bare) :] != bare:
+        raise UserError(
+            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(tokens[-1])!r} behind each text, "
+            "which would be scored and continued in its place: load it with add_eos_token=False"
+        )
+
+
 def max_length(model: PreTrainedModel) -> int:
     """The most tokens of a text: MeZO's limit, or the model's own where that is lower."""
     return min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.scoring.attention import UnsupportedAttentionError, attend_within
-from dlzo.scoring.encoding import EncodedExample, Option, encode, max_length
+from dlzo.scoring.encoding import EncodedExample, Option, check_tokenizer, encode, max_length
 from dlzo.scoring.forward import (
     ReachedLayerError,
     State,
@@ -167,8 +167,10 @@ class Scorer:
         """The examples as tokens, by MeZO's rule: texts are stripped of spaces only.
 
         Raises:
-            UserError: an option has no token of its own, or leaves none of the prompt.
+            UserError: an option has no token of its own, or leaves none of the prompt; or the
+                tokenizer puts a token behind each text.
         """
+        check_tokenizer(self.tokenizer)
         return [encode(self.tokenizer, example, self.max_length) for example in examples]
 
     def plan(self, batch: Sequence[EncodedExample]) -> Plan:

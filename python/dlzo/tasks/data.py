@@ -1,0 +1,105 @@
+"""Rows of JSONL files as examples of a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dlzo.errors import UserError
+from dlzo.tasks.task import Example, Field, Task, value_of
+
+Split = Literal["train", "validation", "test"]
+
+
+def load_split(task: Task, data_dir: str | Path, split: Split) -> list[Example]:
+    """The examples of DATA_DIR/SPLIT.jsonl: one JSON object a line, blank lines ignored.
+
+    Raises:
+        UserError: the folder or the file is missing, empty or not UTF-8, or a row is not what the
+            task asks for; the message names the file and the line.
+    """
+    if split not in get_args(Split):
+        raise UserError(f"split {split!r} is not known: choose one of {', '.join(get_args(Split))}")
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise UserError(f"data folder {str(folder)!r} does not exist or is no folder")
+    path = folder / f"{split}.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+    examples = [
+        _example(task, line, f"{str(path)!r} line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not examples:
+        raise UserError(f"{str(path)!r} holds no examples: give one JSON object a line")
+    return examples
+
+
+def load_splits(task: Task, data_dir: str | Path) -> dict[Split, list[Example]]:
+    """The examples of all splits.
+
+    Raises:
+        UserError: as `load_split`.
+    """
+    return {split: load_split(task, data_dir, split) for split in get_args(Split)}
+
+
+def fingerprint(examples: Mapping[Split, Sequence[Example]]) -> str:
+    """SHA-256 of all splits."""
+    digest = hashlib.sha256()
+    for split, rows in examples.items():
+        digest.update(f"{split} {len(rows)}\n".encode())
+        for row in rows:
+            digest.update(json.dumps(asdict(row), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _example(task: Task, line: str, where: str) -> Example:
+    row = _parse_row(line, where)
+    for field in task.fields:
+        _check_field(task, row, field, where)
+    try:
+        example = task.render(row)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if task.metric == "f1" and not example.answers:
+        raise UserError(f"{where} has no answers, which task {task.name!r} is judged by")
+    return example
+
+
+def _parse_row(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    # Deep nesting ends in a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object: {_short(row)}")
+    return row
+
+
+def _check_field(task: Task, row: Mapping[str, Any], field: Field, where: str) -> None:
+    for name in field.names:
+        try:
+            value = value_of(row, name)
+        except KeyError:
+            continue
+        if not field.accepts(value):
+            raise UserError(
+                f"{where}: field {name!r} must be {field.expected}, not {_short(value)}"
+            )
+        return
+    names = " or ".join(map(repr, field.names))
+    raise UserError(f"{where} has no field {names}, which task {task.name!r} needs")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
