@@ -65,13 +65,17 @@ def stats_plans() -> Iterator[tuple[str, Plan]]:
 
 STATS_PLANS = dict(stats_plans())
 NOISE_PLANS = {
-    name: plan for name, plan in every_kernel() if not name.startswith(("sum", "combine"))
+    name: plan
+    for name, plan in every_kernel()
+    if name.startswith(("gaussian", "accumulate", "perturb")) and name[-8:] != "indirect"
 }
+INDIRECT = "perturb_bfloat16_float32_indirect"
+NOISE_PLANS[INDIRECT] = dict(every_kernel())[INDIRECT]
 # The others differ by a type.
 CHOSEN = [
     "gaussian_float32",
     "perturb_bfloat16_bfloat16",
-    "perturb_bfloat16_float32_indirect",
+    INDIRECT,
     "accumulate_float32_into_bfloat16",
     "tensor torch.bfloat16 0",
     "tensor torch.bfloat16 1",
