@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,18 +29,40 @@ from bits import assert_same_bits, reference_perturb, weights  # noqa: E402
 from ptx.compile import CSRC, nvcc_ptx  # noqa: E402
 from ptx.device import Device, operand_of  # noqa: E402
 from ptx.mutate import Mutant, mutants, run_mutants  # noqa: E402
+from telling import SCALE, cancelled  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_mutants.json"
-SEED, QUERY, SCALE = 0x9E3779B97F4A7C15, 0xC0000001, 0.75
 BLOCK = 8192  # elements of a block of threads
 # Raw normals, and the kernel whose rounding hides most of an error in them.
 KERNELS = {"gaussian_float32": torch.float32, "perturb_bfloat16_bfloat16": torch.bfloat16}
 
 
-def cases(dtype: torch.dtype) -> list[list[Operand]]:
-    """Launches that reach every way through a kernel, as those of the tests; the largest last."""
+class Case(NamedTuple):
+    """Operands of one launch, and the direction of its noise."""
+
+    operands: list[Operand]
+    seed: int = 0x9E3779B97F4A7C15
+    query: int = 0xC0000001
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """Launches as those of the tests: on every way through a kernel, then to its last bits."""
+    return [*(Case(operands) for operands in ways(dtype)), *telling(dtype)]
+
+
+def telling(dtype: torch.dtype) -> Iterator[Case]:
+    """A group on its own and a whole block where the last bits of the noise show."""
+    for length in (11, BLOCK):
+        for w, numbers in cancelled(length, dtype):
+            operand = operand_of(w, w, numbers["stream"], numbers["offset"])
+            yield Case([operand], numbers["seed"], numbers["query"])
+
+
+def ways(dtype: torch.dtype) -> list[list[Operand]]:
+    """Operands of random weights that reach every way through a kernel; the largest last."""
     matrix, tall = weights(40, 70, dtype=dtype), weights(900, 33, dtype=dtype)
     transposed, shard, two_rows = matrix.t(), matrix[:, 5:24], matrix[:2, 5:24]
+    block_of_rows = weights(512, 10, dtype=dtype)[:, :9]  # of two groups each
     layer = [weights(n, dtype=dtype, seed=n) for n in (3, BLOCK + 5, 40, 1, 9000)]
     short = [weights(16 - n, dtype=dtype) for n in range(8)]
     ragged, whole = weights(60 * BLOCK + 29, dtype=dtype), weights(200 * BLOCK, dtype=dtype)
@@ -52,6 +75,7 @@ def cases(dtype: torch.dtype) -> list[list[Operand]]:
             )
         ],
         [operand_of(two_rows, two_rows, row_stride=64)],
+        [operand_of(block_of_rows, block_of_rows)],
         *([operand_of(w, w, offset=n)] for n, w in enumerate(short)),
         [operand_of(w, w, stream=i) for i, w in enumerate(layer)],
         [operand_of(short[0], short[0]), operand_of(tall[:, 1:30], tall[:, 1:30], stream=1)],
@@ -74,19 +98,19 @@ def checker(kernel: str, dtype: torch.dtype) -> Callable[[str], None]:
     right = nvcc_ptx(CSRC / f"{op}.cu", 90)
     # The instructions are counted on weights of their own.
     counts = [run(op, dtype, case, right) for case in cases(dtype)]
-    memories = [[memory_after(op, operand) for operand in case] for case in cases(dtype)]
+    memories = [[memory_after(op, case, w) for w in case.operands] for case in cases(dtype)]
     prepared = list(zip(cases(dtype), memories, counts, strict=True))
 
     def check(source: str) -> None:
         for case, memories, count in prepared:
-            before = [operand.out.untyped_storage().clone() for operand in case]
+            before = [operand.out.untyped_storage().clone() for operand in case.operands]
             try:
                 # Another way to the right bits is a longer one.
                 assert run(op, dtype, case, source) == count
-                for operand, memory in zip(case, memories, strict=True):
+                for operand, memory in zip(case.operands, memories, strict=True):
                     assert_same_bits(memory_of(operand.out), memory)
             finally:
-                for operand, storage in zip(case, before, strict=True):
+                for operand, storage in zip(case.operands, before, strict=True):
                     operand.out.untyped_storage().copy_(storage)
 
     return check
@@ -97,23 +121,23 @@ def memory_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
 
 
-def memory_after(op: str, operand: Operand) -> Tensor:
+def memory_after(op: str, case: Case, operand: Operand) -> Tensor:
     """That memory as a right kernel leaves it."""
     base = torch.zeros_like(operand.base) if op == "gaussian" else operand.base
     scale = 1.0 if op == "gaussian" else SCALE
-    numbers = {"stream": operand.stream, "offset": operand.offset, "query": QUERY}
+    numbers = {"stream": operand.stream, "offset": operand.offset, "query": case.query}
     stride = operand.row_stride
-    found = reference_perturb(base, SEED, scale, base.dtype, row_stride=stride, **numbers)
+    found = reference_perturb(base, case.seed, scale, base.dtype, row_stride=stride, **numbers)
     memory = memory_of(operand.out).clone()
     place = operand.out.shape, operand.out.stride(), operand.out.storage_offset()
     memory.as_strided(*place).copy_(found)
     return memory
 
 
-def run(op: str, dtype: torch.dtype, case: Sequence[Operand], source: str) -> int:
+def run(op: str, dtype: torch.dtype, case: Case, source: str) -> int:
     device, code = Device(sources={op: source}), DTYPE_CODES[dtype]
-    parts = device.parts(case)
-    directions = Directions(1, seed=SEED, query=QUERY, scale=SCALE)
+    parts = device.parts(case.operands)
+    directions = Directions(1, seed=case.seed, query=case.query, scale=SCALE)
     if op == "gaussian":
         return device.run(op, _C.gpu.gaussian(code, parts, directions))
     return device.run(op, _C.gpu.perturb(code, code, parts, directions))

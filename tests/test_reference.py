@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from bits import bits, reference_perturb
 from dlzo_kernels import NOISE_VERSION, reference
+from telling import PLACES, SCALE, WORDS, cancelled
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "noise_v1.json").read_text())
 
@@ -67,3 +71,29 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
     )
     got = reference.to_bfloat16_bits(floats.view(np.float32))
     assert got.tolist() == [0x3F80, 0x3F80, 0x3F82, 0x7FC0, 0xFFFF]
+
+
+def test_the_telling_words_stand_where_they_are_said_to():
+    for i, numbers in enumerate(PLACES):
+        index = reference.element_index((8,), numbers["offset"])
+        words = reference.words(index, *(numbers[name] for name in ("seed", "stream", "query")))
+        assert (words[4 * (i % 2) :][:4] == np.uint32(WORDS[i // 2])).all()
+
+
+CONSTANTS = [("_LN2", 0), *(("_LOG", i) for i in range(9))]
+CONSTANTS += [*(("_SIN", i) for i in range(4)), *(("_COS", i) for i in range(5))]
+
+
+@pytest.mark.parametrize(("name", "place"), CONSTANTS)
+@pytest.mark.parametrize("units", [1, -1])
+def test_the_telling_words_show_an_error_of_every_constant(monkeypatch, dtype, name, place, units):
+    def perturbed() -> Tensor:
+        moved = (reference_perturb(w, scale=SCALE, dtype=dtype, **names) for w, names in weights)
+        return bits(torch.stack([*moved]))
+
+    weights = [*cancelled(8, dtype)]
+    right = perturbed()
+    wrong = np.array(getattr(reference, name))
+    wrong.view(np.int32)[place if wrong.ndim else ...] += units
+    monkeypatch.setattr(reference, name, wrong if wrong.ndim else wrong[()])
+    assert not torch.equal(perturbed(), right)

@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bits import assert_same_bits, bits, store
+from bits import assert_same_bits, bits, reference_perturb, store
 from dlzo_kernels import gaussian, reference
+from telling import PLACES
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "noise_v1.json").read_text())
 PER_ISA = settings(
@@ -41,6 +42,12 @@ def test_any_run_has_the_bits_of_the_reference(isa, dtype, seed, stream, query, 
 def test_every_tail(isa, length):
     expected = store(reference.gaussian(reference.element_index((length,), 3), 9), torch.float32)
     assert_same_bits(gaussian((length,), 9, offset=3), expected)
+
+
+@pytest.mark.parametrize("numbers", PLACES, ids=str)
+def test_words_that_show_the_last_bits(isa, numbers):
+    expected = reference_perturb(torch.zeros(8), scale=1.0, dtype=torch.float32, **numbers)
+    assert_same_bits(gaussian((8,), **numbers), expected)
 
 
 @pytest.mark.parametrize("offset", [(1 << 34) - 4096, (1 << 34) - 4096 + 31, (1 << 34) - 1])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import perturb_, perturb_into
+from telling import SCALE, cancelled
 
 PER_ISA = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -89,6 +90,14 @@ def test_special_values(isa, dtype):
         assert_same_bits(got, reference_perturb(w, 1, scale, dtype))
     nan = torch.full((70,), float("nan"), dtype=dtype)
     assert perturb_(nan, 1, 1.0).isnan().all()
+
+
+@pytest.mark.parametrize("base_dtype", ["master", "same"])
+def test_the_last_bits_of_the_noise_show_where_weights_cancel_it(isa, dtype, base_dtype):
+    for base, numbers in cancelled(600, torch.float32 if base_dtype == "master" else dtype):
+        out = torch.full((600,), torch.nan, dtype=dtype)
+        expected = reference_perturb(base, scale=SCALE, dtype=dtype, **numbers)
+        assert_same_bits(perturb_into(out, base, scale=SCALE, **numbers), expected)
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(set_threads, dtype):

@@ -56,15 +56,17 @@ class Device:
                 result.append(part._replace(out=out, base=base))
         return result
 
-    def run(self, op: str, launches: Sequence[_C.gpu.Launch]) -> int:
-        """Executes what a GPU would be given; returns the simulator's count of instructions."""
+    def run(self, op: str, launches: Sequence[_C.gpu.Launch], ctas: range | None = None) -> int:
+        """Executes what a GPU would be given, or some CTAs of it; returns the simulator's count of
+        instructions.
+        """
         count = 0
         for planned in launches:
             source = self.sources.get(op) or nvcc_ptx(CSRC / f"{op}.cu", self.architecture)
             threads = _C.gpu.THREADS
             entry = kernel(source, planned.kernel)
-            grid = planned.blocks
-            count += launch(entry, self.memory, [planned.argument], grid=grid, block=threads)
+            sizes = {"grid": planned.blocks, "block": threads, "ctas": ctas}
+            count += launch(entry, self.memory, [planned.argument], **sizes)
         return count
 
 

@@ -39,6 +39,7 @@ def launch(
     grid: Size,
     block: Size,
     dynamic_shared: int = 0,
+    ctas: range | None = None,
 ) -> int:
     """Run a kernel over a grid; the arrays in `memory` change in place.
 
@@ -49,6 +50,7 @@ def launch(
         grid: CTAs, or up to three dimensions of them.
         block: threads of a CTA, likewise.
         dynamic_shared: bytes of shared memory beyond the kernel's own.
+        ctas: those of the grid to run, where not all.
 
     Returns:
         How many instructions were carried out, each once for the threads that took it together:
@@ -59,7 +61,7 @@ def launch(
     """
     machine = Machine(kernel, memory, arguments, _three(grid), _three(block), dynamic_shared)
     with np.errstate(all="ignore"):
-        return machine.run()
+        return machine.run(ctas or range(int(np.prod(machine.grid))))
 
 
 def _three(size: Size) -> tuple[int, ...]:
@@ -109,12 +111,11 @@ class Machine:
                 name, np.frombuffer(content, np.uint8), len(content), None
             )
 
-    def run(self) -> int:
-        """Runs all CTAs; returns how many instructions the sets of them took."""
-        ctas, total = int(np.prod(self.grid)), 0
-        together = max(1, LANES // self.padded)
-        for first in range(0, ctas, together):
-            self._start(np.arange(first, min(first + together, ctas)))
+    def run(self, ctas: range) -> int:
+        """Runs CTAs; returns how many instructions the sets of them took."""
+        together, total = max(1, LANES // self.padded), 0
+        for first in range(0, len(ctas), together):
+            self._start(np.array(ctas[first : first + together]))
             self._run_together()
             total += self.steps
         return total

@@ -14,11 +14,12 @@ from torch import Tensor
 from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import _C
 from dlzo_kernels.ops._common import DTYPE_CODES
-from dlzo_kernels.ops._parts import Directions, Operand
+from dlzo_kernels.ops._parts import Directions, Operand, Part
 from gpu_stats import stats
 from ptx.compile import missing
 from ptx.device import Device, operand_of
 from ptx.mutate import run_mutants
+from telling import PLACES, SCALE, cancelled
 
 pytestmark = pytest.mark.skipif(missing("nvcc") is not None, reason=str(missing("nvcc")))
 SEED = 0xFEDCBA9876543210
@@ -66,6 +67,14 @@ def test_raw_normals(architecture, offset):
     assert_same_bits(out, normals(9001, offset=offset, stream=3, query=0x80000001))
 
 
+@pytest.mark.parametrize("length", [11, 8192])
+def test_words_that_show_the_last_bits(length):
+    for numbers in PLACES:
+        out, zero = torch.full((length,), torch.nan), torch.zeros(length)
+        gaussian(out, **numbers)
+        assert_same_bits(out, reference_perturb(zero, scale=1.0, dtype=out.dtype, **numbers))
+
+
 def test_blocks_around_a_carry_of_the_counter(dtype):
     out = torch.full((5 * 8192,), torch.nan, dtype=dtype)
     offset = 2**34 - 2 * 8192 - 16
@@ -95,6 +104,18 @@ def test_perturb_at_every_alignment(kind, skip):
     assert_same_bits(out, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [11, 8192])  # a group on its own, and whole blocks
+def test_the_last_bits_of_the_noise_show_where_weights_cancel_it(kind, length):
+    out_dtype, base_dtype = KINDS[kind]
+    for base, numbers in cancelled(length, base_dtype):
+        out = torch.full((length,), torch.nan, dtype=out_dtype)
+        expected = reference_perturb(base, scale=SCALE, dtype=out_dtype, **numbers)
+        directions = Directions(1, numbers["seed"], numbers["query"], SCALE)
+        perturb([operand_of(out, base, numbers["stream"], numbers["offset"])], directions)
+        assert_same_bits(out, expected)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_views(dtype, view):
     w = weights(60, 70, dtype=dtype)
@@ -113,6 +134,22 @@ def test_a_column_shard_takes_its_part_of_the_whole():
     shard = torch.full((50, 19), torch.nan)
     gaussian(shard, stream=4, offset=23, row_stride=64)
     assert_same_bits(shard, whole[:, 23:42].contiguous())
+
+
+def test_the_seam_of_two_rows_of_more_groups_than_32_bits_count():
+    """Only the blocks around the seam run, on the elements that they reach."""
+    columns, before, gap, after = 2**35 - 6, 8193, 3, 8183
+    device, w = Device(), weights(before + gap + after)
+    tail, between, head = w.split([before, gap, after])
+    first, pitch, kept = columns - before, columns + gap, between.clone()
+    there = torch.cat([tail, head])
+    expected = reference_perturb(there, SEED, 0.5, w.dtype, offset=7 + first, stream=2)
+    at = device.address(w) - first * w.itemsize
+    part = Part(at, at, 2, columns, pitch, 1, pitch, 1, offset=7, row_stride=columns, stream=2)
+    plan = _C.gpu.perturb(0, 0, [part], Directions(1, seed=SEED, scale=0.5))
+    device.run("perturb", plan, range(2**22 - 1, 2**22 + 1))
+    assert_same_bits(torch.cat([tail, head]), expected)
+    assert_same_bits(between, kept)
 
 
 @pytest.mark.parametrize("count", [3, 80])  # 80: more parts than one launch takes

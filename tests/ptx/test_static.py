@@ -1,4 +1,4 @@
-"""The machine code of the CUDA column: no spills, few instructions, nothing fused, complete."""
+"""The machine code of both columns: no spills, few instructions, nothing fused, complete."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows() -> list[dict[str, object]]:
     reason = missing("nvdisasm", "cuobjdump")
     if reason or not hasattr(_C, "cuda"):
         pytest.skip(reason or "this build has no CUDA kernels")
-    return list(gpu_static.rows())
+    return list(gpu_static.cuda_rows())
 
 
 def test_every_kernel_is_there_for_every_architecture(rows):
@@ -58,14 +58,37 @@ def test_no_limit_is_exceeded(rows):
     assert [problem for row in rows for problem in gpu_static.problems(row)] == []
 
 
+# The others differ by a type; benchmarks/gpu_static.py compiles all of them.
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(
+    "kernel",
+    ["perturb_bfloat16_bfloat16", "accumulate_float32_into_bfloat16", "sum_runs_bfloat16"],
+)
+def test_triton_exceeds_no_limit(architecture, kernel):
+    pytest.importorskip("triton")
+    if reason := missing("nvdisasm", "cuobjdump"):
+        pytest.skip(reason)
+    from ptx.triton_ptx import every_kernel
+
+    row = gpu_static.triton_row(architecture, kernel, dict(every_kernel())[kernel])
+    assert [*gpu_static.problems(row)] == []
+    assert row["per_element"] > 10  # the loop was found
+
+
 def test_what_exceeds_a_limit_is_named():
-    row = {"architecture": 90, "kernel": "perturb_float32", "registers": 99, "spilled_bytes": 4}
+    row = {
+        "column": "cuda",
+        "architecture": 90,
+        "kernel": "perturb_float32",
+        "registers": 99,
+        "spilled_bytes": 4,
+    }
     row |= {"per_element": 70.0, "fused": 9, "roots": 4}
     assert list(gpu_static.problems(row)) == [
-        "perturb_float32 on sm_90 spills 4 bytes",
-        "perturb_float32 on sm_90 takes 99 registers, above 48",
-        "perturb_float32 on sm_90 takes 70.0 instructions an element, above 51.0",
-        "perturb_float32 on sm_90 has 9 fused operations for 4 roots",
+        "perturb_float32 on sm_90, cuda, spills 4 bytes",
+        "perturb_float32 on sm_90, cuda, takes 99 registers, above 48",
+        "perturb_float32 on sm_90, cuda, takes 70.0 instructions an element, above 51.0",
+        "perturb_float32 on sm_90, cuda, has 9 fused operations for 4 roots",
     ]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from bits import VIEWS, assert_same_bits, reference_perturb, to_float32, weights
 from dlzo_kernels.ops._parts import Directions, Operand
 from gpu_stats import Stats, stats
+from telling import SCALE, cancelled
 
 pytest.importorskip("triton")
 
@@ -30,15 +31,22 @@ from dlzo_kernels.ops import _triton
 from dlzo_kernels.ops._triton import Plan
 from ptx import lint
 from ptx.compile import missing, sass
-from ptx.triton_ptx import TARGETS, TritonDevice, compile_plan
+from ptx.triton_ptx import (
+    BF16,
+    DTYPES,
+    F32,
+    PAIRS,
+    TARGETS,
+    TritonDevice,
+    compile_plan,
+    every_kernel,
+)
 
 gaussian, perturb, accumulate, activation_stats = (
     importlib.import_module(f"dlzo_kernels.ops.{op}")
     for op in ("gaussian", "perturb", "accumulate", "activation_stats")
 )
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
 WHOLE, ODD = 2048, 512  # elements of a tile
 SEED = 0xFEDCBA9876543210
 REDUCTIONS = {"tensor": 0, "channel": 1, "token": 2}
@@ -47,44 +55,28 @@ REDUCTIONS = {"tensor": 0, "channel": 1, "token": 2}
 # Compiled for every target.
 
 
-def some_parts(count: int = 1) -> list:
-    w = torch.empty(10 * WHOLE)
-    return TritonDevice().parts([Operand(w, w, 0, 0, None)] * count)
-
-
-def noise_plans() -> Iterator[tuple[str, Plan]]:
-    one, many = Directions(1, SEED, 0, 0.5), Directions(7, seeds=64, queries=64, scales=64)
-    for dtype in (F32, BF16, F16):
-        for plan in gaussian.triton_plans(some_parts(), dtype, one):
-            yield f"gaussian {dtype}", plan
-    for out, base in PAIRS:
-        for plan in perturb.triton_plans(some_parts(), out, base, one):
-            yield f"perturb {out} {base}", plan
-    for plan in perturb.triton_plans(some_parts(12), BF16, F32, many):
-        yield "perturb many parts from memory", plan
-    for out in (F32, BF16, F16):
-        for plan in accumulate.triton_plans(some_parts(), out, F32, True, many, 64):
-            yield f"accumulate {out}", plan
-    for base in (BF16, F16):
-        for plan in accumulate.triton_plans(some_parts(), base, base, False, many, 0):
-            yield f"accumulate in {base}", plan
-
-
 def stats_plans() -> Iterator[tuple[str, Plan]]:
-    for dtype in (F32, BF16, F16):
+    for dtype in DTYPES:
         for per, reduction in REDUCTIONS.items():
             plans = activation_stats.triton_plans(64, dtype, 3, 40_001, reduction, (64,) * 5, 64)
             for i, plan in enumerate(plans):
                 yield f"{per} {dtype} {i}", plan
 
 
-NOISE_PLANS, STATS_PLANS = dict(noise_plans()), dict(stats_plans())
+STATS_PLANS = dict(stats_plans())
+NOISE_PLANS = {
+    name: plan
+    for name, plan in every_kernel()
+    if name.startswith(("gaussian", "accumulate", "perturb")) and name[-8:] != "indirect"
+}
+INDIRECT = "perturb_bfloat16_float32_indirect"
+NOISE_PLANS[INDIRECT] = dict(every_kernel())[INDIRECT]
 # The others differ by a type.
 CHOSEN = [
-    "gaussian torch.float32",
-    "perturb torch.bfloat16 torch.bfloat16",
-    "perturb many parts from memory",
-    "accumulate torch.bfloat16",
+    "gaussian_float32",
+    "perturb_bfloat16_bfloat16",
+    INDIRECT,
+    "accumulate_float32_into_bfloat16",
     "tensor torch.bfloat16 0",
     "tensor torch.bfloat16 1",
     "channel torch.bfloat16 0",
@@ -119,7 +111,7 @@ def test_an_assembler_that_fuses_packed_products_is_refused(monkeypatch):
     asked: list[int] = []
     check = _triton._check_assembler
     monkeypatch.setattr(_triton, "_check_assembler", asked.append)
-    plan = NOISE_PLANS["gaussian torch.float32"]
+    plan = NOISE_PLANS["gaussian_float32"]
     types = tuple(map(_triton.type_of, plan.arguments))
     for target in ("sm_90", "sm_100", "gfx942"):
         _triton.compile_for(TARGETS[target], plan.kernel, types, plan.constants, plan.num_warps)
@@ -211,7 +203,7 @@ def test_raw_normals(architecture, offset):
     "length", [*range(1, 18), *range(ODD - 4, ODD + 9), *range(WHOLE - 2, WHOLE + 10), 3 * WHOLE]
 )
 def test_every_tail_and_nothing_beyond(length):
-    for dtype in (F32, BF16, F16):
+    for dtype in DTYPES:
         buffer = torch.full((length + 16,), torch.nan, dtype=dtype)
         offset = length % 11
         run_gaussian(buffer[8 : 8 + length], offset=offset)
@@ -231,6 +223,18 @@ def test_perturb_at_every_alignment(pair, skip, offset):
     directions = Directions(1, SEED, 2, -0.03)
     run_perturb([operand(out, base, 9, offset)], directions)
     assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("length", [11, WHOLE])
+def test_the_last_bits_of_the_noise_show_where_weights_cancel_it(pair, length):
+    out_dtype, base_dtype = pair
+    for base, numbers in cancelled(length, base_dtype):
+        out = torch.full((length,), torch.nan, dtype=out_dtype)
+        expected = reference_perturb(base, scale=SCALE, dtype=out_dtype, **numbers)
+        directions = Directions(1, numbers["seed"], numbers["query"], SCALE)
+        run_perturb([operand(out, base, numbers["stream"], numbers["offset"])], directions)
+        assert_same_bits(out, expected)
 
 
 @pytest.mark.parametrize("view", VIEWS)

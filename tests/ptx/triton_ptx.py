@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 
+from dlzo_kernels.ops._parts import Directions, Part
 from dlzo_kernels.ops._triton import Plan, compile_for, type_of
 from ptx.device import Device, kernel
 from ptx.machine import launch
+
+gaussian, perturb, accumulate, activation_stats = (
+    importlib.import_module(f"dlzo_kernels.ops.{op}")
+    for op in ("gaussian", "perturb", "accumulate", "activation_stats")
+)
 
 # From Ampere to consumer Blackwell, and AMD's CDNA 3.
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+F32, BF16, F16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
+PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # out and base
+
+
+def every_kernel() -> Iterator[tuple[str, Plan]]:
+    """A launch of each kernel over a layer, by the name that it has in the CUDA column."""
+    parts = [
+        Part(64, 64, 1, 20_480, 0, 1, 0, 1, offset=0, row_stride=0, stream=i) for i in range(7)
+    ]
+    one, there = Directions(1, 5, 0, 0.5), Directions(7, seeds=64, queries=64, scales=64)
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for plan in gaussian.triton_plans(parts, dtype, one):
+            yield f"gaussian_{name}", plan
+        for plan in accumulate.triton_plans(parts, dtype, F32, True, there, 64):
+            yield f"accumulate_float32_into_{name}", plan
+        for plan in accumulate.triton_plans(parts, dtype, dtype, False, there, 0):
+            yield f"accumulate_{name}", plan
+        for reduction, sums in enumerate(("sum_runs", "sum_columns")):
+            sizes = 600, 8000, reduction
+            plan, combine = activation_stats.triton_plans(64, dtype, *sizes, (64,) * 5, 64)
+            yield f"{sums}_{name}", plan
+    yield "combine_partials", combine
+    for pair in PAIRS:
+        name = "_".join(str(dtype).removeprefix("torch.") for dtype in pair)
+        for suffix, directions in (("", one), ("_indirect", there)):
+            for plan in perturb.triton_plans(parts, *pair, directions):
+                yield f"perturb_{name}{suffix}", plan
 
 
 def compile_plan(plan: Plan, target: str) -> Any:
