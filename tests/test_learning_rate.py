@@ -83,7 +83,7 @@ def test_a_trial_is_the_beginning_of_the_run(data, tmp_path):
 
 
 def test_more_steps_bear_a_smaller_rate(data):
-    rates = [search(tiny_model(), data, replace(CONFIG, steps=n))[0] for n in (8, 32, 800)]
+    rates = [search(tiny_model(), data, replace(CONFIG, steps=n))[0] for n in (16, 64, 1600)]
     assert rates[0] / rates[1] == pytest.approx(2, rel=0.06)
     assert rates[0] / rates[2] == pytest.approx(10, rel=0.06)
 

@@ -31,6 +31,7 @@ from dlzo_kernels import update_scales
 
 STEPS = 32  # of a trial, at most
 EXAMPLES = 128  # on which the losses are compared
+_BORNE = 2  # times as many steps bear the rate of a trial
 _FACTOR = 4.0
 _MOST_TRIALS = 12
 # Trials begin where the first steps would add so much to a weight, root mean square.
@@ -70,7 +71,9 @@ def find_lr(
             f"lr is 'auto' and with none tried the loss falls below {untuned:.4f}: give a number "
             "as --lr, or tune another layer"
         )
-    lr = start * _FACTOR ** _lowest(losses) * math.sqrt(trials.steps / config.steps)
+    lr = start * _FACTOR ** _lowest(losses)
+    if config.steps > _BORNE * trials.steps:
+        lr *= math.sqrt(_BORNE * trials.steps / config.steps)
     tried = {start * _FACTOR**power: loss for power, loss in sorted(losses.items())}
     return float(f"{lr:.2g}"), {0.0: untuned, **tried}
 
