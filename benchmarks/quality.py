@@ -1,6 +1,7 @@
-"""How good a tuned model gets: layer by layer, and method by method.
+"""How good a tuned model gets: layer by layer, with the rate of lr "auto", and method by method.
 
     python benchmarks/quality.py sweep [--data DIR] [--tasks sst2]
+    python benchmarks/quality.py rates [--data DIR] [--tasks sst2]
     python benchmarks/quality.py methods [--data DIR] [--tasks sst2 copa ...]
 
 DIR holds a folder for each task with its train, validation and test.jsonl. The model is
@@ -15,15 +16,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dlzo.config import TrainConfig
@@ -37,13 +38,14 @@ from dlzo.trainer import resume, train
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS, CURVES = RESULTS / "quality_runs.csv", RESULTS / "quality_curves.csv"
-SEARCHES = RESULTS / "quality_lr.csv"
+SEARCHES, RATES = RESULTS / "quality_searches.csv", RESULTS / "quality_rates.csv"
 SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
 SWEEP_FIGURE = ROOT / "docs" / "sweep.png"
 SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
 ALL = (*SHORT, *LONG)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
-SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, ("auto", "0.0003"), (0, 1)
+SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, (3e-4, 1e-3, 3e-3), (0, 1)
+RATE_LAYERS = (11, 17, 21, 25, 29)
 # Of one layer. At the default, 1e-3, bfloat16 drowns the losses' difference of many layers, and the
 # sweep would show that (docs/numerics.md).
 EPS = 1e-2
@@ -74,6 +76,8 @@ CANDIDATES = {
     "dominant mlp": Method({"layer": LAYER, "eps": EPS, "part": "mlp"}, (1e-4, 3e-4, 1e-3)),
     "mezo": Method({"method": "mezo"}, (1e-5, 3e-5, 1e-4)),
     "lozo": Method({"method": "lozo"}, (1e-5, 3e-5, 1e-4)),
+    "lora": Method({"method": "lora", "eps": EPS}, (3e-4, 1e-3, 3e-3)),
+    "lora dominant": Method({"method": "lora", "layer": LAYER, "eps": EPS}, (3e-4, 1e-3, 3e-3)),
 }
 
 
@@ -108,9 +112,8 @@ RUN_FIELDS = (
     "threads",
 )
 CURVE_FIELDS = (*KEY, "step", "validation_loss", "validation_accuracy")
-# The line search of lr "auto": the loss of the untuned model, and with the lr that was found.
-SEARCH_KEY = ("task", "method", "layer", "eps", "seed")
-SEARCH_FIELDS = (*SEARCH_KEY, "lr", "untuned_loss", "lowest_loss")
+SEARCH_KEY = ("task", "layer", "eps", "seed", "steps")
+SEARCH_FIELDS = (*SEARCH_KEY, "lr", "losses")  # of the trials, by their rates
 
 
 class Bench:
@@ -121,30 +124,7 @@ class Bench:
 
     def run(self, method: str, config: TrainConfig, *, test: bool) -> dict[str, str] | None:
         """The row of a run, made now if it is missing and there is data."""
-        if config.lr == "auto":
-            found = self.search(method, config)
-            return found and self._run(method, replace(config, lr=float(found["lr"])), "auto", test)
-        return self._run(method, config, f"{config.lr:g}", test)
-
-    def search(self, method: str, config: TrainConfig) -> dict[str, str] | None:
-        """The row of a line search, as `run`."""
-        layer, eps = ",".join(map(str, config.layers)), f"{config.eps:g}"
-        key = dict(
-            zip(SEARCH_KEY, (config.task, method, layer, eps, str(config.seed)), strict=True)
-        )
-        if (row := find(SEARCHES, key)) is None and self.data is not None:
-            model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
-            target = Target(model, config.layers, config.part)
-            task = get_task(config.task)
-            examples = load_split(task, self.data / config.task, "train")
-            lr, losses = find_lr(target, tokenizer, config, task, examples)
-            found = {"untuned_loss": f"{losses[0.0]:.4f}", "lowest_loss": f"{losses[lr]:.4f}"}
-            append(SEARCHES, SEARCH_FIELDS, [{**key, "lr": f"{lr:g}", **found}])
-            row = find(SEARCHES, key)
-        return row
-
-    def _run(self, method: str, config: TrainConfig, lr: str, test: bool) -> dict[str, str] | None:
-        layer, eps = ",".join(map(str, config.layers)), f"{config.eps:g}"
+        layer, eps, lr = ",".join(map(str, config.layers)), f"{config.eps:g}", f"{config.lr:g}"
         run = Run(config.task, method, layer, eps, lr, str(config.seed), str(config.steps))
         found = find(RUNS, asdict(run))
         if found or self.data is None:
@@ -167,6 +147,19 @@ class Bench:
         shutil.rmtree(out)
         return find(RUNS, asdict(run))
 
+    def search(self, config: TrainConfig) -> dict[str, str] | None:
+        """The row of what lr "auto" finds for a layer, as `run`."""
+        values = config.task, str(config.layers[0]), f"{config.eps:g}", str(config.seed)
+        key = dict(zip(SEARCH_KEY, (*values, str(config.steps)), strict=True))
+        if find(SEARCHES, key) is None and self.data is not None:
+            model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+            target, task = Target(model, config.layers), get_task(config.task)
+            examples = load_split(task, self.data / config.task, "train")
+            lr, losses = find_lr(target, tokenizer, config, task, examples)
+            tried = " ".join(f"{rate:.2g}:{loss:.4f}" for rate, loss in losses.items())
+            append(SEARCHES, SEARCH_FIELDS, [{**key, "lr": f"{lr:g}", "losses": tried}])
+        return find(SEARCHES, key)
+
     def zero_shot(self, task: str) -> dict[str, str] | None:
         """The row of the untuned model."""
         run = Run(task, "zero-shot", "", "", "", "", "0")
@@ -187,7 +180,12 @@ class Bench:
 
 
 def figures(prefix: str, found: Evaluation) -> dict[str, str]:
-    return {f"{prefix}_{name}": f"{value:.4f}" for name, value in found.items() if name in FIGURES}
+    """As text; a loss that is not finite stands as None in an evaluation."""
+    return {
+        f"{prefix}_{name}": f"{math.inf if value is None else value:.4f}"
+        for name, value in found.items()
+        if name in FIGURES
+    }
 
 
 def curve(run: Run, history: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -225,52 +223,54 @@ def bisected(count: int, first: int) -> list[int]:
 
 
 def sweep(bench: Bench, task: str) -> list[dict[str, Any]]:
-    """Each layer alone, with the same budget: the validation accuracy after the last step."""
-    budget = {"steps": SWEEP_STEPS, "eval_every": SWEEP_STEPS, "eps": EPS}
-    rows, searches = [], []
-    for seed in SWEEP_SEEDS:
-        configs = [
-            TrainConfig(task, layer=layer, lr="auto", seed=seed, **budget)
-            for layer in bisected(LAYERS, LAYER)
-        ]
-        # All searches first: they alone show the curve.
-        searches += [bench.search("dominant", config) for config in configs]
-        for lr in SWEEP_LRS:
-            rows += [
-                bench.run("dominant", replace(c, lr=parse_lr(lr)), test=False) for c in configs
-            ]
+    """Each layer alone, with the same budget: validation after the last step, the mean of seeds."""
+    configs = [
+        sweep_config(task, layer=layer, lr=lr, seed=seed)
+        for seed in SWEEP_SEEDS
+        for lr in SWEEP_LRS
+        for layer in bisected(LAYERS, LAYER)
+    ]
+    rows = [row for config in configs if (row := bench.run("dominant", config, test=False))]
+    cells: dict[tuple[int, str], list[dict[str, str]]] = {}
+    for row in rows:
+        cells.setdefault((int(row["layer"]), row["lr"]), []).append(row)
     return [
         {
             "task": task,
             "layer": layer,
-            "found_lr": mean_of("lr", searched, "g"),
-            "lowest_loss_of_search": mean_of("lowest_loss", searched),
+            "lr": lr,
+            "seeds": len(found),
             **{
-                f"{name}, lr {lr}": mean_of(f"final_validation_{name}", found)
-                for lr, found in by_lr(of_layer(layer, rows)).items()
+                name: f"{mean(float(row[f'final_validation_{name}']) for row in found):.4f}"
                 for name in ("loss", "accuracy")
             },
-            "seeds": len(searched),
+            "step_ms": round(mean(float(row["step_ms"]) for row in found)),
         }
-        for layer in range(LAYERS)
-        if (searched := of_layer(layer, searches))
+        for (layer, lr), found in sorted(cells.items())
     ]
 
 
-def parse_lr(lr: str) -> float | Literal["auto"]:
-    return lr if lr == "auto" else float(lr)
+def sweep_config(task: str, **settings: Any) -> TrainConfig:
+    return TrainConfig(task, steps=SWEEP_STEPS, eval_every=SWEEP_STEPS, eps=EPS, **settings)
 
 
-def of_layer(layer: int, rows: Iterable[dict[str, str] | None]) -> list[dict[str, str]]:
-    return [row for row in rows if row and row["layer"] == str(layer)]
-
-
-def by_lr(rows: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    return {lr: [row for row in rows if row["lr"] == lr] for lr in SWEEP_LRS}
-
-
-def mean_of(name: str, rows: Sequence[dict[str, str]], form: str = ".4f") -> str:
-    return f"{mean(float(row[name]) for row in rows):{form}}" if rows else ""
+def rates(bench: Bench, task: str) -> list[dict[str, Any]]:
+    """What lr "auto" finds for some layers, beside the rate of the sweep with the lowest loss."""
+    table = []
+    for layer in RATE_LAYERS:
+        found = bench.search(sweep_config(task, layer=layer))
+        runs = [
+            bench.run("dominant", sweep_config(task, layer=layer, lr=lr), test=False)
+            for lr in SWEEP_LRS
+        ]
+        if found is None or None in runs:
+            continue
+        best = min(runs, key=lambda row: float(row["final_validation_loss"]))["lr"]
+        ratio = f"{float(found['lr']) / float(best):.2f}"
+        table.append(
+            {"task": task, "layer": layer, "found": found["lr"], "best": best, "ratio": ratio}
+        )
+    return table
 
 
 def methods(bench: Bench, task: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -322,34 +322,26 @@ def write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
 
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in table))
-    figure = Figure(figsize=(11, 3.6 * len(tasks)), layout="constrained")
-    for (left, right), task in zip(
-        figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True
-    ):
+    figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
         rows = [row for row in table if row["task"] == task]
-        plot(left, rows, "lowest_loss_of_search", "32 steps at once, best lr")
-        left.set(ylabel="training loss", title=f"{task}: a line search, each layer")
-        for lr in SWEEP_LRS:
-            plot(right, rows, f"accuracy, lr {lr}", f"lr {lr}")
-        right.set(ylabel="validation accuracy", title=f"{task}: {SWEEP_STEPS} steps, each layer")
-        for axes in (left, right):
-            axes.axvline(LAYER, color="tab:red", lw=1, label=f"the probe's layer, {LAYER}")
-            axes.set_xlabel("the one decoder layer that is tuned")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
-            axes.grid(alpha=0.3)
+        for lr in sorted({row["lr"] for row in rows}, key=float):
+            points = [(row["layer"], float(row["accuracy"])) for row in rows if row["lr"] == lr]
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, label=f"lr {lr}")
+        axes.axvline(LAYER, color="tab:red", lw=1, label=f"found by the probe: layer {LAYER}")
+        axes.set(xlabel="the one decoder layer that is tuned", ylabel="validation accuracy")
+        axes.set_title(
+            f"{task}, SmolLM2-135M-Instruct, {SWEEP_STEPS} zeroth-order steps", loc="left"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
     figure.savefig(SWEEP_FIGURE, dpi=120)
-
-
-def plot(axes: Axes, rows: Sequence[dict[str, Any]], name: str, label: str) -> None:
-    points = [(row["layer"], float(row[name])) for row in rows if row[name]]
-    if points:
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("sweep", "methods"))
+    parser.add_argument("study", choices=("sweep", "rates", "methods"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=ALL)
     parser.add_argument("--methods", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
@@ -363,6 +355,11 @@ def main() -> None:
         table = [row for task in ALL for row in sweep(finished, task)]
         write_table(SWEEP, table)
         draw_sweep(table)
+    elif arguments.study == "rates":
+        for task in chosen:
+            rates(bench, task)
+        table = [row for task in ALL for row in rates(finished, task)]
+        write_table(RATES, table)
     else:
         for task in chosen:
             methods(bench, task, arguments.methods)
