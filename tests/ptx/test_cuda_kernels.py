@@ -305,7 +305,7 @@ def test_nearly_every_small_change_of_a_kernel_is_noticed(kernel):
     module = load_mutants()
     check = module.checker(kernel, module.KERNELS[kernel])
     check(module.nvcc_ptx(module.CSRC / f"{kernel.split('_')[0]}.cu", 90))
-    report = run_mutants(module.sample(kernel, 60), check)
+    report = run_mutants(module.sample(kernel, 30), check)
     ran = len(report.caught) + len(report.survived)
-    assert ran > 50
+    assert ran > 25
     assert len(report.caught) >= 0.9 * ran, report
