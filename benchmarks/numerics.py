@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model
-from dlzo.sampler import batch_indices, step_seed
+from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import get_task, load_split
 from dlzo_kernels import zo_step
@@ -43,7 +43,7 @@ class Arithmetics:
     def __init__(self, data: Path) -> None:
         self.task = get_task("sst2")
         rows = load_split(self.task, data, "train")
-        self.examples = [rows[i] for i in batch_indices(0, 1, len(rows), BATCH_SIZE)]
+        self.examples = batch_of(rows, 0, 1, BATCH_SIZE)
         self.bfloat16, self.tokenizer = load_model("smollm2", dtype=torch.bfloat16)
         self.float32, _ = load_model("smollm2", dtype=torch.bfloat16)
         self.float32.float()

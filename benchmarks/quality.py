@@ -46,8 +46,8 @@ ALL = (*SHORT, *LONG)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
 SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, (3e-4, 1e-3, 3e-3), (0, 1)
 RATE_LAYERS = (11, 17, 21, 25, 29)
-# Of one layer. At the default, 1e-3, bfloat16 drowns the losses' difference of many layers, and the
-# sweep would show that (docs/numerics.md).
+# Of one layer. At the default, 1e-3, bfloat16 drowns the losses' difference for a layer such as 5,
+# and the sweep would show that (docs/numerics.md).
 EPS = 1e-2
 
 

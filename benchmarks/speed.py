@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model, parse_dtype
-from dlzo.sampler import batch_indices, step_seed
+from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example, get_task, load_split
 from dlzo_kernels import perturb_, zo_step
@@ -129,8 +129,7 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
         for task in tasks:
             rows = load_split(get_task(task), data / task, "train")
             for number in range(1, rounds + 1):
-                chosen = batch_indices(0, number, len(rows), BATCH_SIZE)
-                examples = [rows[i] for i in chosen]
+                examples = batch_of(rows, 0, number, BATCH_SIZE)
                 steps = contestants.steps(task, examples, step_seed(0, number))
                 for variant, positions, step in steps:
                     if (dtype, task, str(number), variant) in done:

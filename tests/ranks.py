@@ -28,7 +28,7 @@ from dlzo.models import decoder_layers
 from dlzo.scoring import PrefixCache
 from dlzo.trainer import resume, train
 from dlzo_kernels import LowRankStep, zo_replay, zo_step
-from runs import CONFIG, TOKENIZER
+from runs import CONFIG, TOKENIZER, stopping_at
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
@@ -55,13 +55,16 @@ def whole_runs(folder: Path) -> None:
         train(model, TOKENIZER, config, folder / "data", folder / name)
         save(model, folder / name)
 
-    def stop(entry: HistoryEntry) -> None:
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
-
     for name in ("taken up", "stopped"):
         with suppress(KeyboardInterrupt):
-            train(tiny_model(), TOKENIZER, SHORT, folder / "data", folder / name, on_progress=stop)
+            train(
+                tiny_model(),
+                TOKENIZER,
+                SHORT,
+                folder / "data",
+                folder / name,
+                on_progress=stopping_at(3),
+            )
     model = tiny_model()
     resume(model, TOKENIZER, folder / "taken up")
     save(model, folder / "taken up")

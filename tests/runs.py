@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from dlzo.adapter import load_adapter
 from dlzo.config import TrainConfig
-from dlzo.metrics import HistoryEntry
+from dlzo.evaluation import evaluate
+from dlzo.journal import compact
+from dlzo.metrics import HistoryEntry, Metrics
+from dlzo.replay import replay
 from dlzo.trainer import OnProgress
 from tiny import byte_tokenizer
 
@@ -50,6 +55,27 @@ def result(out: Path) -> dict[str, object]:
         name: (out / name).read_bytes() for name in ("adapter_model.safetensors", "journal.zo")
     }
     return {**files, "metrics": metrics, "names": sorted(path.name for path in out.iterdir())}
+
+
+def assert_rebuilt(
+    out: Path,
+    base_model: Callable[[], PreTrainedModel],
+    best: dict[str, torch.Tensor],
+    last: dict[str, torch.Tensor],
+    data: Path,
+    metrics: Metrics,
+) -> None:
+    """The files of a finished run give its bits: journals the last ones, the adapter the best."""
+    compact(out / "journal.zo", out.parent / "small.zo")
+    for journal in (out / "journal.zo", out.parent / "small.zo"):
+        replayed, loaded = base_model(), base_model()
+        replay(replayed, journal, out.parent / journal.stem)
+        load_adapter(loaded, out.parent / journal.stem)
+        assert same(state(replayed), last) and same(state(loaded), last)
+    tuned = base_model()
+    load_adapter(tuned, out)
+    assert same(state(tuned), best)
+    assert evaluate(tuned, TOKENIZER, "sst2", data) == metrics["test"]
 
 
 def stopping_at(step: int, error: type[BaseException] = KeyboardInterrupt) -> OnProgress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,15 +13,14 @@ from safetensors.torch import load_file
 from dlzo.adapter import load_adapter, read_config
 from dlzo.channels import outlier_channels
 from dlzo.errors import UserError
-from dlzo.evaluation import evaluate
 from dlzo.export import export
-from dlzo.journal import Reader, compact
+from dlzo.journal import Reader
 from dlzo.models import decoder_layers
 from dlzo.probe import calibration_tokens
 from dlzo.replay import replay
 from dlzo.target import Target
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, result, same, state, write_data
+from runs import CONFIG, TOKENIZER, assert_rebuilt, result, same, state, stopping_at, write_data
 from test_adapter import rewrite_config
 from test_replay import with_header
 from tiny import tiny_model
@@ -106,16 +106,8 @@ def test_replay_adapter_and_export_give_its_bits(data, tmp_path, family, changes
         model, TOKENIZER, config, data, out, on_progress=lambda _: states.append(state(model))
     )
     assert not same(states[5], states[6])
-    compact(out / "journal.zo", tmp_path / "small.zo")
-    for journal in (out / "journal.zo", tmp_path / "small.zo"):
-        replayed, loaded = (tiny_model(family, torch.bfloat16) for _ in range(2))
-        replay(replayed, journal, tmp_path / journal.stem)
-        load_adapter(loaded, tmp_path / journal.stem)
-        assert same(state(replayed), states[-1]) and same(state(loaded), states[-1])
-    tuned = tiny_model(family, torch.bfloat16)
-    load_adapter(tuned, out)
-    assert same(state(tuned), state(model))
-    assert evaluate(tuned, TOKENIZER, "sst2", data) == metrics["test"]
+    base_model = partial(tiny_model, family, torch.bfloat16)
+    assert_rebuilt(out, base_model, state(model), states[-1], data, metrics)
     export(out, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     what = "the MLP of layers 1 and 3" if changes else "layer 1"
@@ -130,12 +122,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits_without_a_probe(data, tmp_
     assert metrics["channels"] == outlier_channels(base, TOKENIZER, [layer], 0.1)
     assert len(metrics["channels"]) == 4
 
-    def stop(entry):
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(), TOKENIZER, config, data, out, on_progress=stop)
+        train(tiny_model(), TOKENIZER, config, data, out, on_progress=stopping_at(3))
     monkeypatch.setattr("dlzo.trainer.outlier_channels", None)
     resumed = tiny_model()
     resume(resumed, TOKENIZER, out)

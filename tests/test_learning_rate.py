@@ -16,7 +16,7 @@ from dlzo.scoring import Scorer
 from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, result, same, state, write_data
+from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
 from tiny import tiny_model
 
 METHODS = {
@@ -111,12 +111,8 @@ def test_a_run_keeps_the_number_that_was_found(data, tmp_path):
     lr = train(tiny_model(), TOKENIZER, config, data, whole)["lr"]
     assert json.loads((whole / "run.json").read_text())["config"]["lr"] == lr > 0
 
-    def stop(entry):
-        if entry["step"] == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(), TOKENIZER, config, data, out, on_progress=stop)
+        train(tiny_model(), TOKENIZER, config, data, out, on_progress=stopping_at(4))
     resume(tiny_model(), TOKENIZER, out)
     assert result(out) == result(whole)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +17,8 @@ from transformers import AutoModelForCausalLM
 from dlzo import trainer
 from dlzo.adapter import load_adapter, read_config
 from dlzo.errors import UserError
-from dlzo.evaluation import evaluate
 from dlzo.export import export
-from dlzo.journal import Reader, compact
+from dlzo.journal import Reader
 from dlzo.lora import Lora, take_out
 from dlzo.replay import replay
 from dlzo.run import read_settings
@@ -27,7 +27,17 @@ from dlzo.scoring import PrefixCache, Scorer
 from dlzo.target import Target, describe
 from dlzo.trainer import resume, train
 from dlzo_kernels import gaussian
-from runs import CONFIG, TOKENIZER, Killed, result, same, state, write_data
+from runs import (
+    CONFIG,
+    TOKENIZER,
+    Killed,
+    assert_rebuilt,
+    result,
+    same,
+    state,
+    stopping_at,
+    write_data,
+)
 from test_adapter import rewrite_config
 from test_replay import with_header
 from tiny import tiny_model
@@ -130,16 +140,8 @@ def test_replay_adapter_and_peft_give_its_bits(data, tmp_path, family, layer):
         model, TOKENIZER, config, data, out, on_progress=lambda _: states.append(state(model))
     )
     assert not same(states[5], states[6])
-    compact(out / "journal.zo", tmp_path / "small.zo")
-    for journal in (out / "journal.zo", tmp_path / "small.zo"):
-        replayed, loaded = (tiny_model(family, torch.bfloat16) for _ in range(2))
-        replay(replayed, journal, tmp_path / journal.stem)
-        load_adapter(loaded, tmp_path / journal.stem)
-        assert same(state(replayed), states[-1]) and same(state(loaded), states[-1])
-    tuned = tiny_model(family, torch.bfloat16)
-    load_adapter(tuned, out)
-    assert same(state(tuned), state(model))
-    assert evaluate(tuned, TOKENIZER, "sst2", data) == metrics["test"]
+    base_model = partial(tiny_model, family, torch.bfloat16)
+    assert_rebuilt(out, base_model, state(model), states[-1], data, metrics)
     export(out, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert describe(metrics) in card and "PeftModel" in card
@@ -156,13 +158,6 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(data, tmp_path, stops):
     model, whole, out = tiny_model(), tmp_path / "whole", tmp_path / "out"
     train(model, TOKENIZER, SHORT, data, whole)
     expected = result(whole) | {"peft": (whole / "adapter_config.json").read_bytes()}
-
-    def stopping_at(step):
-        def on_progress(entry):
-            if entry["step"] == step:
-                raise KeyboardInterrupt
-
-        return on_progress
 
     first, *others = stops
     stopped = tiny_model()

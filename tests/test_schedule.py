@@ -15,7 +15,7 @@ from dlzo.journal import Reader, compact, create
 from dlzo.replay import replay
 from dlzo.rule import Rule
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, result, same, state, write_data
+from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
@@ -40,10 +40,6 @@ def test_replay_and_resume_give_the_bits_of_the_run(data, tmp_path, name, dtype)
     config = replace(SHORT, **OPTIONS[name])
     model, states = tiny_model(dtype=dtype), []
 
-    def stop(entry):
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
-
     whole, out = tmp_path / "whole", tmp_path / "out"
     train(
         model,
@@ -58,7 +54,7 @@ def test_replay_and_resume_give_the_bits_of_the_run(data, tmp_path, name, dtype)
         replay(replayed, whole / "journal.zo", tmp_path / f"rebuilt-{until}", until=until)
         assert same(state(replayed), states[until])
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(dtype=dtype), TOKENIZER, config, data, out, on_progress=stop)
+        train(tiny_model(dtype=dtype), TOKENIZER, config, data, out, on_progress=stopping_at(3))
     resume(tiny_model(dtype=dtype), TOKENIZER, out)
     assert result(out) == result(whole)
 

@@ -20,7 +20,7 @@ from dlzo.replay import replay
 from dlzo.target import Target, describe
 from dlzo.trainer import resume, train
 from fuzz import parts_of, sealed
-from runs import CONFIG, TOKENIZER, result, same, state, write_data
+from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
 from tiny import CONFIGS, tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
@@ -117,13 +117,9 @@ def test_tied_embeddings_move_as_one_parameter(data, tmp_path):
 def test_a_run_that_was_stopped_ends_in_the_same_bits(data, tmp_path, name):
     config = replace(SHORT, directions=2, **TARGETS[name][0])
 
-    def stop(entry):
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
-
     train(tiny_model(), TOKENIZER, config, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(), TOKENIZER, config, data, tmp_path / "out", on_progress=stop)
+        train(tiny_model(), TOKENIZER, config, data, tmp_path / "out", on_progress=stopping_at(3))
     resume(tiny_model(), TOKENIZER, tmp_path / "out")
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
@@ -139,15 +135,11 @@ def as_version_1(journal):
 
 
 def test_a_journal_of_version_1_is_replayed_and_its_run_goes_on(data, tmp_path):
-    def stop(entry):
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
-
     whole, out = tmp_path / "whole", tmp_path / "out"
     model = tiny_model()
     train(model, TOKENIZER, SHORT, data, whole)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stop)
+        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stopping_at(3))
     as_version_1(out / "journal.zo")
     settings = json.loads((out / "run.json").read_text())
     settings["config"]["layer"] = 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -22,3 +25,8 @@ def batch_indices(seed: int, step: int, size: int, batch_size: int) -> Sequence[
     words = np.random.SeedSequence((seed, epoch), spawn_key=(1,)).generate_state(size, np.uint64)
     order = np.argsort(words, kind="stable")
     return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+def batch_of(examples: Sequence[T], seed: int, step: int, batch_size: int) -> list[T]:
+    """Those of a step (from 1), by `batch_indices`."""
+    return [examples[i] for i in batch_indices(seed, step, len(examples), batch_size)]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.adapter import dtype_name
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, sole_use
-from dlzo.sampler import batch_indices, step_seed
+from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.scoring.layout import Pack, pad_rows
 from dlzo.scoring.scorer import ROW_TOKENS
@@ -155,10 +155,7 @@ def sensitivity(
     found = []
     with sole_use(model):
         encoded = Scorer(model, tokenizer, loss=definition.loss).encode(examples)
-        drawn = [
-            [encoded[i] for i in batch_indices(seed, step, len(encoded), batch_size)]
-            for step in range(1, batches + 1)
-        ]
+        drawn = [batch_of(encoded, seed, step, batch_size) for step in range(1, batches + 1)]
         before = _hidden_states(model, drawn[0])
         for index in chosen:
             with _copied(decoder_layers(model), index) as layer:

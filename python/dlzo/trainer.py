@@ -49,7 +49,7 @@ from dlzo.run import (
     finish,
     new_run,
 )
-from dlzo.sampler import batch_indices
+from dlzo.sampler import batch_indices, batch_of
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.step import shares_examples, take_step
 from dlzo.target import Target
@@ -300,8 +300,7 @@ class _Run:
 
     def _step(self, step: int) -> None:
         config = self.config
-        indices = batch_indices(config.seed, step, len(self.train_set), config.batch_size)
-        batch = [self.train_set[i] for i in indices]
+        batch = batch_of(self.train_set, config.seed, step, config.batch_size)
         started = time.perf_counter()
         # In a journal the untuned model's loss is finite.
         max_loss = EXPLODED * max(1.0, loss_of(self.progress.untuned))
