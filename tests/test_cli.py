@@ -299,6 +299,16 @@ def test_replay_rebuilds_the_best_layer(run, model, tmp_path, finished):
     assert code == 0 and err.startswith("warning: ") and "whole up to step 4" in err
 
 
+def test_sentences_stay_whole(run, tmp_path, finished):
+    out = tmp_path / f"[bold]{'x' * 100}.zo"
+    code, text, _ = run("journal", "compact", finished / "journal.zo", "--out", out)
+    assert code == 0 and text.startswith(f"written to {out}: ") and text.count("\n") == 1
+    assert "[bold]" in run("journal", "show", out)[1]
+    out.write_bytes(out.read_bytes()[:-1])
+    _, _, error = run("journal", "show", out)
+    assert error.startswith(f"warning: journal {str(out)!r}") and error.count("\n") == 1
+
+
 def test_journals_are_shown_verified_compared_and_shortened(run, tmp_path, finished):
     journal = finished / "journal.zo"
     code, text, _ = run("journal", "show", journal, "--steps", 2)

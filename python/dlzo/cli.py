@@ -12,7 +12,6 @@ from typing import Annotated, Literal, cast
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -47,6 +46,7 @@ from dlzo.sensitivity import sensitivity
 from dlzo.target import describe
 from dlzo.tasks import Split
 from dlzo.tasks.hub import public_data
+from dlzo.terminal import complain, console, say
 from dlzo.trainer import resume, train
 
 app = typer.Typer(
@@ -56,8 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(journal_app, name="journal")
-console = Console()
-
 _DEFAULTS = TrainConfig("sst2")
 _NEXT = """What to try next:
   dlzo eval smollm2 --adapter {out} --task sst2 --data DIR    the tuned layer on your sentences
@@ -93,7 +91,7 @@ def probe_command(
     for table in (report.table(), report.channel_table(), report.variation_table()):
         console.print(table)
     for sentence in report.missing:
-        console.print(sentence, highlight=False)
+        say(sentence)
     if json_file is not None:
         _write_json(json_file, report.to_json())
     if plot is not None:
@@ -243,7 +241,7 @@ def train_command(
                 loaded, tokenizer, config, folder, out, overwrite=overwrite, on_progress=on_progress
             )
     console.print(_summary(metrics))
-    console.print(f"written to {out or resume_from}", highlight=False)
+    say(f"written to {out or resume_from}")
     if plot is not None:
         plot_history(metrics, plot)
 
@@ -261,7 +259,7 @@ def replay_command(
     warn(reader)
     header = reader.header
     tuned = describe({"layers": header.layers, **header.settings})
-    console.print(f"{tuned} written to {out}", highlight=False)
+    say(f"{tuned} written to {out}")
 
 
 @app.command("export")
@@ -272,7 +270,7 @@ def export_command(
 ) -> None:
     """Write what a run has tuned, with a model card, in a form to hand on."""
     export(run, out, cast(Form, form))
-    console.print(f"written to {out}", highlight=False)
+    say(f"written to {out}")
 
 
 @app.command("eval")
@@ -312,7 +310,7 @@ def lm_eval_command(
     )
     from lm_eval.utils import make_table
 
-    console.print(make_table(found), highlight=False, markup=False, soft_wrap=True)
+    say(make_table(found))
     if json_file is not None:
         _write_json(json_file, lm_eval_report(found))
 
@@ -341,7 +339,7 @@ def demo_command(
     after = probabilities(model, tokenizer, examples)
     console.print(before_and_after(examples, before, after))
     console.print(_summary(metrics))
-    console.print(_NEXT.format(out=out), highlight=False)
+    say(_NEXT.format(out=out))
 
 
 def main() -> None:
@@ -362,8 +360,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/] {escape(message)}")
+    complain("error", message)
     sys.exit(2)
 
 
@@ -392,7 +389,7 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 def _resume(out: Path) -> Metrics:
     if (out / METRICS_FILE).exists():
-        console.print(f"the run in {out} is finished", highlight=False)
+        say(f"the run in {out} is finished")
     settings = from_first_rank(lambda: read_settings(out))
     loaded, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
     with _resumable(out), _progress(settings["config"].get("steps")) as on_progress:
@@ -407,11 +404,9 @@ def _resumable(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if not (out / JOURNAL_FILE).exists():
             raise
-        console.print(
+        say(
             f"interrupted: the best weights so far are in {out}; go on with "
-            f"`dlzo train --resume {out}`",
-            highlight=False,
-            soft_wrap=True,
+            f"`dlzo train --resume {out}`"
         )
         raise typer.Exit(130) from None
 
@@ -495,7 +490,8 @@ def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
 def _summary(metrics: Metrics) -> Table:
     """The four evaluations of a run, and what it cost."""
     tuned = describe(metrics)
-    table = Table(title=f"{metrics['task']}, {tuned}, lr {metrics['lr']:g}, {metrics['dtype']}")
+    title = f"{metrics['task']}, {tuned}, lr {metrics['lr']:g}, {metrics['dtype']}"
+    table = Table(title=escape(title))
     measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
     for heading in ("", "split", *measured, "loss"):
         table.add_column(heading, justify="left" if heading in ("", "split") else "right")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,9 +15,9 @@ from dlzo.errors import UserError
 from dlzo.journal import Reader, compact
 from dlzo.records import Event, Record, Step
 from dlzo.replay import differences
+from dlzo.terminal import complain, console, say
 
 app = typer.Typer(help="Look into the journals of runs.", no_args_is_help=True)
-console = Console(highlight=False)
 
 Journal = Annotated[Path, typer.Argument(help="A run's journal.zo.")]
 
@@ -30,7 +29,7 @@ def show_command(
 ) -> None:
     """Show what a journal belongs to, its evaluations and its last steps."""
     reader = Reader(journal)
-    header = Table("header", "", title=str(journal))
+    header = Table("header", "", title=escape(str(journal)))
     for name, value in vars(reader.header).items():
         text = "\n".join(map(_parameter, value)) if name == "parameters" else str(value)
         header.add_row(name.replace("_", " "), escape(text))
@@ -64,7 +63,7 @@ def verify_command(journal: Journal) -> None:
     skipped = sum(not step.applied for step in reader.steps())
     if reader.damage is not None:
         raise UserError(reader.damage)
-    console.print(f"whole: {reader.last} steps, {skipped} of them skipped, {reader.end:,} bytes")
+    say(f"whole: {reader.last} steps, {skipped} of them skipped, {reader.end:,} bytes")
 
 
 @app.command("diff")
@@ -73,16 +72,16 @@ def diff_command(journal: Journal, other: Journal) -> None:
     a, b = Reader(journal), Reader(other)
     found = differences(a.header, vars(b.header))
     if found:
-        console.print(f"{escape(str(journal))}: {escape(found)}")
+        say(f"{journal}: {found}")
     parting = next((pair for pair in zip_longest(a, b) if repr(pair[0]) != repr(pair[1])), None)
     if parting is not None:
         for path, record in zip((journal, other), parting, strict=True):
-            console.print(f"{escape(str(path))}: {escape(_record(record))}")
+            say(f"{path}: {_record(record)}")
     for reader in (a, b):
         warn(reader)
     if found or parting is not None:
         raise typer.Exit(1)
-    console.print("the same")
+    say("the same")
 
 
 @app.command("compact")
@@ -93,14 +92,13 @@ def compact_command(
     """Write a journal again in under 16 bytes a step; its replay gives the same bits."""
     compact(journal, out)
     sizes = [path.stat().st_size for path in (journal, out)]
-    console.print(f"written to {escape(str(out))}: {sizes[1]:,} bytes, from {sizes[0]:,}")
+    say(f"written to {out}: {sizes[1]:,} bytes, from {sizes[0]:,}")
 
 
 def warn(reader: Reader) -> None:
     """Says on stderr what a journal that was read has lost."""
     if reader.damage is not None:
-        stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-        stderr.print(f"[bold yellow]warning:[/] {escape(reader.damage)}")
+        complain("warning", reader.damage)
 
 
 def _parameter(parameter: tuple[object, ...]) -> str:
