@@ -4,6 +4,9 @@ import os
 
 # Threads that spin while they wait stall each other where other programs hold the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Workers of pytest-xdist share the cores out.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
 
 from collections.abc import Iterator
 
