@@ -72,8 +72,9 @@ class Method:
 
 CANDIDATES = {
     "dominant": Method({"layer": LAYER, "eps": EPS}, (1e-4, 3e-4, 1e-3)),
-    "dominant, eps 1e-3": Method({"layer": LAYER}, (1e-4, 3e-4, 1e-3)),
     "dominant mlp": Method({"layer": LAYER, "eps": EPS, "part": "mlp"}, (1e-4, 3e-4, 1e-3)),
+    "layer 17": Method({"layer": 17, "eps": EPS}, (3e-4, 1e-3, 3e-3)),
+    "layer 29": Method({"layer": 29, "eps": EPS}, (3e-4, 1e-3, 3e-3)),
     "mezo": Method({"method": "mezo"}, (1e-5, 3e-5, 1e-4)),
     "lozo": Method({"method": "lozo"}, (1e-5, 3e-5, 1e-4)),
     "lora": Method({"method": "lora", "eps": EPS}, (3e-4, 1e-3, 3e-3)),

@@ -89,12 +89,12 @@ class Contestants:
             encoded = scorer.encode(examples)
             scorer.cache_prefixes(encoded)
             positions = scorer.plan(encoded).positions
-            yield variant, positions, lambda: our_step(scorer, encoded, seed)  # noqa: B023
+            yield variant, positions, lambda: our_step(scorer, encoded, seed, EPS, LR)  # noqa: B023
 
 
-def our_step(scorer: Scorer, encoded: list, seed: int) -> None:
+def our_step(scorer: Scorer, encoded: list, seed: int, eps: float, lr: float) -> None:
     """The step of `dlzo train`."""
-    step = zo_step(scorer.layer, seed, EPS, LR)
+    step = zo_step(scorer.layer, seed, eps, lr)
     step.update(*scorer.losses(scorer.plan(encoded), [step.plus, step.minus]))
 
 

@@ -1,0 +1,195 @@
+"""Validation accuracy by the time spent on training: one layer with our steps, MeZO's on all.
+
+    python benchmarks/time_to_accuracy.py --data DIR [--tasks sst2]
+
+DIR holds a folder for each task with its train and validation.jsonl. The model is
+SmolLM2-135M-Instruct (de-quantised Q4_1) in bfloat16, the batch 16 rows in the order that training
+draws them. Each method has the learning rate with the lowest validation loss of its grid in
+results/quality_runs.csv. MeZO's step is that of mezo.py, on plain transformers. Time is that of the
+steps and of what they need first, such as the frozen prefix; validations are left out. Finished
+runs are in results/time_to_accuracy.csv and not made again; without --data the figure is drawn.
+Nothing else may be running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from mezo import batch_loss, encode_batch, mezo_step
+from quality import BUDGETS, RUNS, append
+from speed import BATCH_SIZE, our_step
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dlzo.evaluation import score
+from dlzo.models import decoder_layers, load_model
+from dlzo.sampler import batch_of, step_seed
+from dlzo.scoring import PrefixCache, Scorer
+from dlzo.tasks import Example, Task, get_task, load_split
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CURVES = RESULTS / "time_to_accuracy.csv"
+FIGURE = ROOT / "docs" / "time-to-accuracy.png"
+TASKS = ("sst2", "rte")
+# Methods of results/quality_runs.csv, and what they are called in the figure.
+METHODS = {
+    "dominant": "layer 11, the dominant one",
+    "layer 17": "layer 17",
+    "mezo": "MeZO, all parameters",
+}
+STEPS, EVERY = 300, 25
+SEED = 0
+FIELDS = (
+    *("task", "method", "eps", "lr", "threads"),
+    *("step", "seconds", "validation_loss", "validation_accuracy"),
+)
+
+Step = Callable[[int], object]  # by its number, from 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method, its learning rate and eps, and the model that it is to tune."""
+
+    task: Task
+    method: str
+    settings: dict[str, str]  # a row of RUNS
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def begin(self, examples: Sequence[Example]) -> Step:
+        """Gets ready whatever the steps need."""
+        return (self._mezo if self.method == "mezo" else self._ours)(examples)
+
+    def _mezo(self, examples: Sequence[Example]) -> Step:
+        def step(number: int) -> None:
+            rows = batch_of(examples, SEED, number, BATCH_SIZE)
+            batch = encode_batch(self.model, self.tokenizer, rows, self.task.loss)
+            seed = step_seed(SEED, number)
+            mezo_step(self.model, lambda: batch_loss(self.model, batch), seed=seed, **self._size)
+
+        return step
+
+    def _ours(self, examples: Sequence[Example]) -> Step:
+        layer = decoder_layers(self.model)[int(self.settings["layer"])]
+        cache = PrefixCache(1 << 31)
+        scorer = Scorer(self.model, self.tokenizer, layer, loss=self.task.loss, cache=cache)
+        encoded = scorer.encode(self.task.drawn(examples))
+        scorer.cache_prefixes(encoded)
+
+        def step(number: int) -> None:
+            rows = batch_of(encoded, SEED, number, BATCH_SIZE)
+            our_step(scorer, rows, step_seed(SEED, number), **self._size)
+
+        return step
+
+    @property
+    def _size(self) -> dict[str, float]:
+        return {name: float(self.settings[name]) for name in ("eps", "lr")}
+
+    def points(self, data: Path, steps: int) -> Iterator[dict[str, Any]]:
+        """Rows of CURVES: a validation every so many steps, and the seconds of training so far."""
+        examples, validation = (
+            load_split(self.task, data, split) for split in ("train", "validation")
+        )
+        judge = Scorer(self.model, self.tokenizer, loss=self.task.loss)
+        encoded = judge.encode(validation)
+        started = time.perf_counter()
+        step = self.begin(examples)
+        seconds = time.perf_counter() - started
+        for number in range(steps + 1):
+            if number:
+                started = time.perf_counter()
+                step(number)
+                seconds += time.perf_counter() - started
+            if number % EVERY == 0:
+                found = score(judge, self.task, encoded)
+                yield {
+                    "task": self.task.name,
+                    "method": self.method,
+                    "eps": self.settings["eps"],
+                    "lr": self.settings["lr"],
+                    "threads": torch.get_num_threads(),
+                    "step": number,
+                    "seconds": f"{seconds:.1f}",
+                    "validation_loss": f"{found['loss']:.4f}",
+                    "validation_accuracy": f"{found['accuracy']:.4f}",
+                }
+
+
+def best_settings(task: str, method: str) -> dict[str, str]:
+    """The row of RUNS of a method's grid with the lowest validation loss."""
+    key = {"task": task, "method": method, "seed": str(SEED), "steps": str(BUDGETS[task].steps)}
+    with RUNS.open() as file:
+        rows = [row for row in csv.DictReader(file) if key.items() <= row.items()]
+    if not rows:
+        raise SystemExit(f"{RUNS} has no run of {method} on {task}: make it with quality.py")
+    return min(rows, key=lambda row: float(row["best_validation_loss"]))
+
+
+def read_curves() -> list[dict[str, str]]:
+    if not CURVES.exists():
+        return []
+    with CURVES.open() as file:
+        return list(csv.DictReader(file))
+
+
+def measure(data: Path, tasks: Sequence[str], methods: Sequence[str], steps: int) -> None:
+    """Makes the runs that are not in CURVES."""
+    done = {(row["task"], row["method"]) for row in read_curves()}
+    for task, method in product(tasks, methods):
+        if (task, method) in done:
+            continue
+        loaded = load_model("smollm2", dtype=torch.bfloat16)
+        run = Run(get_task(task), method, best_settings(task, method), *loaded)
+        rows = []
+        for row in run.points(data / task, steps):
+            print(*row.values(), flush=True)
+            rows.append(row)
+        append(CURVES, FIELDS, rows)
+
+
+def draw() -> None:
+    rows = read_curves()
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(9, 3.6 * len(tasks)), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+        for method, label in METHODS.items():
+            curve = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            if curve:
+                seconds, accuracy = (
+                    [float(row[name]) for row in curve]
+                    for name in ("seconds", "validation_accuracy")
+                )
+                axes.plot(seconds, accuracy, "o-", ms=3, label=f"{label}, lr {curve[0]['lr']}")
+        axes.set(xscale="log", xlabel="seconds of training", ylabel="validation accuracy")
+        axes.set_title(f"{task}, SmolLM2-135M-Instruct, bfloat16, batch {BATCH_SIZE}", loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    figure.savefig(FIGURE, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    if arguments.data:
+        measure(arguments.data, arguments.tasks, arguments.methods, arguments.steps)
+    draw()
+
+
+if __name__ == "__main__":
+    main()
