@@ -12,10 +12,10 @@ from dlzo import learning_rate
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation
 from dlzo.learning_rate import find_lr
+from dlzo.lora import take_out
 from dlzo.scoring import Scorer
-from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
-from dlzo.trainer import resume, train
+from dlzo.trainer import _target, resume, train
 from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
 from tiny import tiny_model
 
@@ -24,6 +24,8 @@ METHODS = {
     "attention": {"part": "attention"},
     "mezo": {"method": "mezo", "layer": None},
     "lozo": {"method": "lozo", "layer": None},
+    "lora": {"method": "lora", "layer": None},
+    "channels": {"channels": [3, 17]},
     "directions": {"directions": 2},
     "spread": {"directions": 2, "lr_per_spread": True},
     "weight decay": {"weight_decay": 0.1},
@@ -44,9 +46,14 @@ def data(tmp_path):
 
 
 def search(model, data, config):
-    target = Target(model, config.layers, config.part)
     task = get_task("sst2")
-    return find_lr(target, TOKENIZER, config, task, load_split(task, data, "train"))
+    target = _target(model, config)
+    before = target.fingerprint()
+    found = find_lr(target, TOKENIZER, config, task, load_split(task, data, "train"))
+    assert target.fingerprint() == before
+    if target.adapters is not None:
+        take_out(model)
+    return found
 
 
 @pytest.mark.parametrize("name", METHODS)
