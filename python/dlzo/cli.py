@@ -62,8 +62,10 @@ _NEXT = """What to try next:
   dlzo train smollm2 --task sst2 --data DIR --out mine        your own train, validation, test.jsonl
   dlzo probe MODEL --plot layers.png                          the dominant layer of another model"""
 
-Model = Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or 'smollm2'.")]
-Task = Annotated[str, typer.Option(help="The task, such as sst2, or a .yaml file of your own.")]
+_MODEL = typer.Argument(help="Folder, GGUF file, hub id, or 'smollm2'.")
+_TASK = typer.Option(help="The task, such as sst2, or a .yaml file of your own.")
+Model = Annotated[str, _MODEL]
+Task = Annotated[str, _TASK]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -141,10 +143,8 @@ def sensitivity_command(
 @app.command("train")
 def train_command(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Folder, GGUF file, hub id or name.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="The task, such as sst2, or a .yaml file of your own.")
-    ] = None,
+    model: Annotated[str | None, _MODEL] = None,
+    task: Annotated[str | None, _TASK] = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     method: Annotated[
