@@ -72,13 +72,13 @@ class Method:
 
 CANDIDATES = {
     "dominant": Method({"layer": LAYER, "eps": EPS}, (1e-4, 3e-4, 1e-3)),
-    "dominant mlp": Method({"layer": LAYER, "eps": EPS, "part": "mlp"}, (1e-4, 3e-4, 1e-3)),
+    "dominant mlp": Method({"layer": LAYER, "eps": EPS, "part": "mlp"}, (3e-4, 1e-3, 3e-3)),
     "layer 17": Method({"layer": 17, "eps": EPS}, (3e-4, 1e-3, 3e-3)),
     "layer 29": Method({"layer": 29, "eps": EPS}, (3e-4, 1e-3, 3e-3)),
     "mezo": Method({"method": "mezo"}, (1e-5, 3e-5, 1e-4)),
     "lozo": Method({"method": "lozo"}, (1e-5, 3e-5, 1e-4)),
-    "lora": Method({"method": "lora", "eps": EPS}, (3e-4, 1e-3, 3e-3)),
-    "lora dominant": Method({"method": "lora", "layer": LAYER, "eps": EPS}, (3e-4, 1e-3, 3e-3)),
+    "lora": Method({"method": "lora", "eps": EPS}, (1e-3, 3e-3, 1e-2)),
+    "lora dominant": Method({"method": "lora", "layer": LAYER, "eps": EPS}, (3e-3, 1e-2, 3e-2)),
 }
 
 
@@ -309,6 +309,7 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
         "seeds": len(values),
         "mean": f"{mean(values):.4f}",
         "stdev": f"{stdev(values):.4f}" if len(values) > 1 else "",
+        "step_ms": round(mean(float(row["step_ms"]) for row in rows)) if rows[0]["lr"] else "",
     }
 
 

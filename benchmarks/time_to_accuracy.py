@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -158,19 +159,45 @@ def measure(data: Path, tasks: Sequence[str], methods: Sequence[str], steps: int
         append(CURVES, FIELDS, rows)
 
 
-def draw() -> None:
-    rows = read_curves()
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(9, 3.6 * len(tasks)), layout="constrained")
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
-        for method, label in METHODS.items():
-            curve = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-            if curve:
-                seconds, accuracy = (
-                    [float(row[name]) for row in curve]
-                    for name in ("seconds", "validation_accuracy")
-                )
-                axes.plot(seconds, accuracy, "o-", ms=3, label=f"{label}, lr {curve[0]['lr']}")
+def by_task(rows: list[dict[str, str]]) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """The curve of each method, in the order of METHODS."""
+    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for task, method in product(dict.fromkeys(row["task"] for row in rows), METHODS):
+        curve = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+        if curve:
+            found.setdefault(task, {})[method] = curve
+    return found
+
+
+def compare(task: str, curves: dict[str, list[dict[str, str]]]) -> None:
+    """Prints the seconds until each method's validation is as good as MeZO's ever was."""
+    if "mezo" not in curves:
+        return
+    goal = max(float(row["validation_accuracy"]) for row in curves["mezo"])
+    times = {
+        method: min(
+            (float(row["seconds"]) for row in curve if float(row["validation_accuracy"]) >= goal),
+            default=math.inf,
+        )
+        for method, curve in curves.items()
+    }
+    for method, seconds in times.items():
+        ratio = times["mezo"] / seconds
+        print(f"{task}: accuracy {goal} after {seconds:.0f} s of {method}, {ratio:.1f} times faster")
+
+
+def draw(curves: dict[str, dict[str, list[dict[str, str]]]]) -> None:
+    figure = Figure(figsize=(9, 3.6 * len(curves)), layout="constrained")
+    all_axes = figure.subplots(len(curves), squeeze=False)[:, 0]
+    for axes, (task, methods) in zip(all_axes, curves.items(), strict=True):
+        for method, curve in methods.items():
+            points = [
+                (float(row["seconds"]), float(row["validation_accuracy"]))
+                for row in curve
+                if float(row["seconds"]) > 0  # on a logarithmic axis
+            ]
+            label = f"{METHODS[method]}, lr {curve[0]['lr']}"
+            axes.plot(*zip(*points, strict=True), "o-", ms=3, label=label)
         axes.set(xscale="log", xlabel="seconds of training", ylabel="validation accuracy")
         axes.set_title(f"{task}, SmolLM2-135M-Instruct, bfloat16, batch {BATCH_SIZE}", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
@@ -188,7 +215,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data:
         measure(arguments.data, arguments.tasks, arguments.methods, arguments.steps)
-    draw()
+    curves = by_task(read_curves())
+    draw(curves)
+    for task, methods in curves.items():
+        compare(task, methods)
 
 
 if __name__ == "__main__":
