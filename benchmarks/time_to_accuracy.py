@@ -183,7 +183,9 @@ def compare(task: str, curves: dict[str, list[dict[str, str]]]) -> None:
     }
     for method, seconds in times.items():
         ratio = times["mezo"] / seconds
-        print(f"{task}: accuracy {goal} after {seconds:.0f} s of {method}, {ratio:.1f} times faster")
+        print(
+            f"{task}: {goal} after {seconds:.0f} s of {method}; MeZO takes {ratio:.1f} times that"
+        )
 
 
 def draw(curves: dict[str, dict[str, list[dict[str, str]]]]) -> None:
