@@ -15,17 +15,18 @@ the machine; the times of steps do.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tables import append, find, write_rows
 
 from dlzo.config import TrainConfig
 from dlzo.evaluation import Evaluation, evaluate
@@ -195,25 +196,6 @@ def curve(run: Run, history: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any
             yield asdict(run) | {name: entry.get(name) for name in CURVE_FIELDS[len(KEY) :]}
 
 
-def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(row)
-            print(*row.values(), flush=True)
-
-
-def find(path: Path, key: dict[str, str]) -> dict[str, str] | None:
-    """The row of a CSV file that has these values."""
-    if not path.exists():
-        return None
-    with path.open() as file:
-        return next((row for row in csv.DictReader(file) if key.items() <= row.items()), None)
-
-
 def bisected(count: int, first: int) -> list[int]:
     """All numbers below count, `first` ahead, the others so that any few of them are spread out."""
     step, order = 1 << count.bit_length(), [first]
@@ -274,7 +256,9 @@ def rates(bench: Bench, task: str) -> list[dict[str, Any]]:
     return table
 
 
-def methods(bench: Bench, task: str, names: Sequence[str]) -> list[dict[str, Any]]:
+def methods(
+    bench: Bench, task: str, names: Sequence[str] = tuple(CANDIDATES)
+) -> list[dict[str, Any]]:
     """Each method with its best lr of the grid, by validation loss: its mean on the test split."""
     table = []
     if (row := bench.zero_shot(task)) is not None:
@@ -313,15 +297,6 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
     }
 
 
-def write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
-    if not table:
-        raise SystemExit(f"{RUNS} has no such runs: give --data")
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-
-
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in table))
     figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
@@ -351,22 +326,20 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = arguments.tasks or ALL if arguments.data else ()
     bench, finished = Bench(arguments.data, arguments.runs), Bench(None, arguments.runs)
-    if arguments.study == "sweep":
-        for task in chosen:
-            sweep(bench, task)
-        table = [row for task in ALL for row in sweep(finished, task)]
-        write_table(SWEEP, table)
+    path, study = {
+        "sweep": (SWEEP, sweep),
+        "rates": (RATES, rates),
+        "methods": (METHODS, methods),
+    }[arguments.study]
+    make = partial(methods, names=arguments.methods) if study is methods else study
+    for task in chosen:
+        make(bench, task)
+    table = [row for task in ALL for row in study(finished, task)]
+    if not table:
+        raise SystemExit(f"{RUNS} has no such runs: give --data")
+    write_rows(path, table)
+    if study is sweep:
         draw_sweep(table)
-    elif arguments.study == "rates":
-        for task in chosen:
-            rates(bench, task)
-        table = [row for task in ALL for row in rates(finished, task)]
-        write_table(RATES, table)
-    else:
-        for task in chosen:
-            methods(bench, task, arguments.methods)
-        table = [row for task in ALL for row in methods(finished, task, list(CANDIDATES))]
-        write_table(METHODS, table)
     for row in table:
         print(*row.values(), sep="\t")
 

@@ -12,7 +12,6 @@ to results/speed.csv and not measured again, so a run that was stopped goes on; 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from statistics import median, quantiles
 import torch
 from matplotlib.figure import Figure
 from mezo import Batch, batch_loss, encode_batch, mezo_step
+from tables import append, read_rows, write_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -122,7 +122,7 @@ def mezo_step_with_kernels(model: PreTrainedModel, batch: Batch, seed: int) -> N
 
 def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int) -> None:
     """Runs what is not yet in TIMES."""
-    done = {tuple(row[name] for name in FIELDS[:4]) for row in read_times()}
+    done = {tuple(row[name] for name in FIELDS[:4]) for row in read_rows(TIMES)}
     for dtype in dtypes:
         contestants = Contestants(dtype)
         warm: set[str] = set()
@@ -138,7 +138,8 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
                         step()
                         warm.add(variant)
                     ms = milliseconds(step)
-                    append(dtype, task, number, variant, f"{ms:.1f}", positions)
+                    values = dtype, task, number, variant, f"{ms:.1f}", positions
+                    append(TIMES, FIELDS, [dict(zip(FIELDS, values, strict=True))])
 
 
 def milliseconds(step: Step) -> float:
@@ -147,28 +148,11 @@ def milliseconds(step: Step) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def read_times() -> list[dict[str, str]]:
-    if not TIMES.exists():
-        return []
-    with TIMES.open() as file:
-        return list(csv.DictReader(file))
-
-
-def append(*values: object) -> None:
-    new = not TIMES.exists()
-    with TIMES.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(FIELDS)
-        writer.writerow(values)
-    print(*values, flush=True)
-
-
 def tabulate() -> list[dict[str, object]]:
     """One row for each dtype and task: medians of times, and of the ratios within a round."""
     rounds: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     positions: dict[tuple[str, str, bool], list[int]] = {}
-    for row in read_times():
+    for row in read_rows(TIMES):
         key = row["dtype"], row["task"]
         rounds.setdefault(key, {}).setdefault(row["round"], {})[row["variant"]] = float(row["ms"])
         ours = row["variant"].startswith("ours")
@@ -193,10 +177,7 @@ def tabulate() -> list[dict[str, object]]:
         row["plain_positions"] = round(median(positions[dtype, task, False]))
         row["our_positions"] = round(median(positions[dtype, task, True]))
         table.append(row)
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_rows(TABLE, table)
     return table
 
 

@@ -14,7 +14,6 @@ Nothing else may be running.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from mezo import batch_loss, encode_batch, mezo_step
-from quality import BUDGETS, RUNS, append
+from quality import BUDGETS, RUNS
 from speed import BATCH_SIZE, our_step
+from tables import append, read_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.evaluation import score
@@ -130,33 +130,21 @@ class Run:
 def best_settings(task: str, method: str) -> dict[str, str]:
     """The row of RUNS of a method's grid with the lowest validation loss."""
     key = {"task": task, "method": method, "seed": str(SEED), "steps": str(BUDGETS[task].steps)}
-    with RUNS.open() as file:
-        rows = [row for row in csv.DictReader(file) if key.items() <= row.items()]
+    rows = [row for row in read_rows(RUNS) if key.items() <= row.items()]
     if not rows:
         raise SystemExit(f"{RUNS} has no run of {method} on {task}: make it with quality.py")
     return min(rows, key=lambda row: float(row["best_validation_loss"]))
 
 
-def read_curves() -> list[dict[str, str]]:
-    if not CURVES.exists():
-        return []
-    with CURVES.open() as file:
-        return list(csv.DictReader(file))
-
-
 def measure(data: Path, tasks: Sequence[str], methods: Sequence[str], steps: int) -> None:
     """Makes the runs that are not in CURVES."""
-    done = {(row["task"], row["method"]) for row in read_curves()}
+    done = {(row["task"], row["method"]) for row in read_rows(CURVES)}
     for task, method in product(tasks, methods):
         if (task, method) in done:
             continue
         loaded = load_model("smollm2", dtype=torch.bfloat16)
         run = Run(get_task(task), method, best_settings(task, method), *loaded)
-        rows = []
-        for row in run.points(data / task, steps):
-            print(*row.values(), flush=True)
-            rows.append(row)
-        append(CURVES, FIELDS, rows)
+        append(CURVES, FIELDS, list(run.points(data / task, steps)))
 
 
 def by_task(rows: list[dict[str, str]]) -> dict[str, dict[str, list[dict[str, str]]]]:
@@ -217,7 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data:
         measure(arguments.data, arguments.tasks, arguments.methods, arguments.steps)
-    curves = by_task(read_curves())
+    curves = by_task(read_rows(CURVES))
     draw(curves)
     for task, methods in curves.items():
         compare(task, methods)

@@ -1,0 +1,41 @@
+"""Results as CSV files: rows that are added as they are measured, and found again."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def find(path: Path, key: dict[str, str]) -> dict[str, str] | None:
+    """The first row that has these values."""
+    return next((row for row in read_rows(path) if key.items() <= row.items()), None)
+
+
+def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Adds rows to a file, and prints them."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            print(*row.values(), flush=True)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Makes a file anew."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
