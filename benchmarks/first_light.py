@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from dlzo.config import TrainConfig
 from dlzo.files import replace_file
 from dlzo.models import load_model
+from dlzo.plots import tidy
 from dlzo.probe import probe
 from dlzo.trainer import train
 
@@ -74,8 +75,7 @@ def draw(report: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     right.set_title(f"SST-2, layer {report['dominant']} tuned alone", loc="left")
     for axes in (left, right):
         axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.savefig(FIGURE, dpi=120)
 
 

@@ -11,12 +11,12 @@ SmolLM2-135M-Instruct (de-quantised Q4_1). Lands in results/numerics.csv; what i
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from tables import append, read_rows
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -130,12 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     arithmetics = Arithmetics(parser.parse_args().data)
-    done = set()
-    if RESULTS.exists():
-        with RESULTS.open() as file:
-            done = {(row["layer"], row["eps"]) for row in csv.DictReader(file)}
-    else:
-        RESULTS.write_text(",".join(FIELDS) + "\n")
+    done = {(row["layer"], row["eps"]) for row in read_rows(RESULTS)}
     for layer in LAYERS:
         differences = arithmetics.differences(layer)
         for eps in EPSILONS:
@@ -146,14 +141,14 @@ def main() -> None:
                 for name, difference in differences.items()
             }
             truth = found["float32"]
-            with RESULTS.open("a", newline="") as file:
-                for name, values in list(found.items())[1:]:
-                    errors = [a - b for a, b in zip(values, truth, strict=True)]
-                    wrong = sum(a * b <= 0 for a, b in zip(values, truth, strict=True))
-                    row = (layer, eps, name, f"{rms(truth):.3e}", f"{rms(errors):.3e}")
-                    row += (f"{rms(errors) / rms(truth):.3f}", wrong, SEEDS)
-                    csv.writer(file).writerow(row)
-                    print(*row, flush=True)
+            rows = []
+            for name, values in list(found.items())[1:]:
+                errors = [a - b for a, b in zip(values, truth, strict=True)]
+                wrong = sum(a * b <= 0 for a, b in zip(values, truth, strict=True))
+                row = (layer, eps, name, f"{rms(truth):.3e}", f"{rms(errors):.3e}")
+                row += (f"{rms(errors) / rms(truth):.3f}", wrong, SEEDS)
+                rows.append(dict(zip(FIELDS, row, strict=True)))
+            append(RESULTS, FIELDS, rows)
 
 
 if __name__ == "__main__":

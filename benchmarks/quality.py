@@ -32,6 +32,7 @@ from dlzo.config import TrainConfig
 from dlzo.evaluation import Evaluation, evaluate
 from dlzo.learning_rate import find_lr
 from dlzo.models import load_model
+from dlzo.plots import tidy
 from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import resume, train
@@ -310,9 +311,8 @@ def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
         axes.set_title(
             f"{task}, SmolLM2-135M-Instruct, {SWEEP_STEPS} zeroth-order steps", loc="left"
         )
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
+        tidy(axes)
     figure.savefig(SWEEP_FIGURE, dpi=120)
 
 

@@ -11,7 +11,6 @@ and docs/scaling.png.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import subprocess
@@ -23,6 +22,7 @@ from statistics import median
 
 import torch
 from matplotlib.figure import Figure
+from tables import append, read_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model
@@ -169,14 +169,9 @@ def main() -> None:
     if arguments.memory_of:
         use_memory(arguments.memory_of)
         return
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        for row in measure():
-            writer.writerow(row)
-            print(*row, flush=True)
-    with RESULTS.open() as file:
-        draw(list(csv.DictReader(file)))
+    RESULTS.unlink(missing_ok=True)
+    append(RESULTS, FIELDS, (dict(zip(FIELDS, row, strict=True)) for row in measure()))
+    draw(read_rows(RESULTS))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.evaluation import score
 from dlzo.models import decoder_layers, load_model
+from dlzo.plots import tidy
 from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example, Task, get_task, load_split
@@ -190,9 +191,8 @@ def draw(curves: dict[str, dict[str, list[dict[str, str]]]]) -> None:
             axes.plot(*zip(*points, strict=True), "o-", ms=3, label=label)
         axes.set(xscale="log", xlabel="seconds of training", ylabel="validation accuracy")
         axes.set_title(f"{task}, SmolLM2-135M-Instruct, bfloat16, batch {BATCH_SIZE}", loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
+        tidy(axes)
     figure.savefig(FIGURE, dpi=120)
 
 

@@ -56,6 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(journal_app, name="journal")
+
 _DEFAULTS = TrainConfig("sst2")
 _NEXT = """What to try next:
   dlzo eval smollm2 --adapter {out} --task sst2 --data DIR    the tuned layer on your sentences

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -16,6 +17,12 @@ from dlzo.sensitivity import SensitivityReport
 from dlzo.target import describe
 
 FORMATS = (".png", ".svg")
+
+
+def tidy(axes: Axes) -> None:
+    """Give axes a pale grid, and no frame above and on the right."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_probe(report: ProbeReport, path: Path) -> None:
@@ -46,8 +53,7 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
     ]
     for axes in (upper, lower):
         axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         for layer, label, line in marks:
             if layer is not None:
                 axes.axvline(layer, label=label, color="tab:red", linestyle=line)
@@ -111,8 +117,7 @@ def plot_history(metrics: Metrics, path: Path) -> None:
         axes.plot(0, metrics["zero_shot"][name], "D", color="tab:gray", label="test, untuned")
         axes.plot(best["step"], test[name], "*", color="tab:red", ms=12, label="test, best")
         axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     panels[0].legend(frameon=False)
     panels[1].set_xlabel("step")
     panels[0].set_title(
