@@ -25,6 +25,7 @@ from statistics import median, quantiles
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import dlzo_kernels as dk
 from dlzo_kernels import _C
@@ -281,6 +282,40 @@ def bench_stats(results: Results, limits: Limits) -> None:
             )
 
 
+def bench_attention(results: Results) -> None:
+    """512 tokens of several texts, SmolLM2's heads, against torch's attention for each text.
+
+    Torch is given keys and values that are already repeated for the heads that share them.
+    """
+    for dtype in (torch.bfloat16, torch.float32):
+        for length in (32, 128, 512):
+            sizes = ((512, heads, 64) for heads in (9, 3, 3))
+            q, k, v = (torch.randn(1, *size).to(dtype).transpose(1, 2) for size in sizes)
+            repeated = q, k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1)
+            texts = [*zip(*(part.split(length, dim=2) for part in repeated), strict=True)]
+            parents = torch.arange(-1, 511)
+            parents[::length] = -1
+
+            def one_by_one(texts: list[tuple[Tensor, ...]] = texts) -> None:
+                for parts in texts:
+                    F.scaled_dot_product_attention(*parts, is_causal=True)
+
+            runs: dict[str, Run] = {
+                "torch": one_by_one,
+                "ours": lambda q=q, k=k, v=v, p=parents: dk.tree_attention(q, k, v, p),
+            }
+            pairs = 9 * 512 * (length + 1) // 2
+            for count in (1, 2):
+                with threads(count):
+                    times = interleaved(runs)
+                name = f"{str(dtype).removeprefix('torch.')}, texts of {length} tokens"
+                results.add(f"scaled_dot_product_attention {name}", count, pairs, times["torch"])
+                gflops = f"{pairs * 4 * 64 / median(times['ours']) / 1e9:.0f}"
+                speedup = ratio(times, "torch", "ours")
+                results.add(f"tree_attention {name}", count, pairs, times["ours"],
+                            gflop_per_s=gflops, speedup=speedup)  # fmt: skip
+
+
 def bench_calls(results: Results) -> None:
     """The cost of a call on a small tensor."""
     w, out = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
@@ -323,6 +358,7 @@ def main() -> None:
         bench_pools(results, limits)
         bench_accumulate(results)
         bench_stats(results, limits)
+        bench_attention(results)
         bench_calls(results)
     command = f"python benchmarks/kernels.py --out {out}"
     machine = f"{processor()}, {torch.get_num_threads()} cores, torch {torch.__version__}"

@@ -143,6 +143,18 @@ PYBIND11_MODULE(_C, module) {
                          static_cast<Reduction>(reduction), stats_out(out), threads);
       },
       unlocked);
+  module.def(
+      "tree_attention",
+      [](const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+         uintptr_t parents, std::array<int64_t, 6> sizes, float scale, int64_t window,
+         float softcap, int threads) {
+        const auto& [batch, heads, key_heads, tokens, head_size, value_size] = sizes;
+        tree_attention(view(query), view(key), view(value), view(out),
+                       reinterpret_cast<const int64_t*>(parents),
+                       {batch, heads, key_heads, tokens, head_size, value_size}, scale, window,
+                       softcap, threads);
+      },
+      unlocked);
   module.def("isas", [] {
     std::vector<std::tuple<std::string, bool, bool, std::string>> rows;
     for (const Isa& isa : isas()) rows.emplace_back(isa.name, isa.built, isa.runs, isa.reason);

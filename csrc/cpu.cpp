@@ -1,17 +1,21 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "paths.h"
 
 namespace dlzo {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // elements that stay in the L1 cache while they are worked on
 // Elements that are worth a thread: waking one costs some microseconds, far more on a busy machine.
-constexpr int64_t kMinNoise = 1 << 15, kMinStats = 1 << 18;
+constexpr int64_t kMinNoise = 1 << 15, kMinStats = 1 << 18, kMinProducts = 1 << 20;
 
 int64_t product(const std::vector<int64_t>& sizes) {
   int64_t result = 1;
@@ -125,6 +129,82 @@ void column_moments(const char* x, DType dtype, int64_t rows, int64_t channels, 
   }
 }
 
+// A view of shape (batch, heads, tokens, size) at one vector.
+char* vector_at(const View& view, int64_t batch, int64_t head, int64_t token) {
+  const int64_t at = batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
+  return view.data + at * size_of(view.dtype);
+}
+
+struct Free {
+  void operator()(float* floats) const { operator delete[](floats, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+// Room for vectors that never straddle two cache lines.
+Floats floats(int64_t count) {
+  return Floats(new (std::align_val_t{64}) float[static_cast<size_t>(count)]);
+}
+
+// The keys and values of all heads in float32, as attend() reads them.
+class PackedKeys {
+ public:
+  PackedKeys(const View& key, const View& value, const AttentionSizes& sizes, const Paths& paths,
+             int threads)
+      : slots_(paths.slots), sizes_(sizes), value_size_(padded(sizes.value_size)) {
+    const int64_t heads = sizes.batch * sizes.key_heads;
+    keys_ = floats(heads * slots_ * sizes.head_size);
+    values_ = floats(heads * slots_ * value_size_);
+    const int64_t runs = static_cast<int64_t>(paths.runs.size());
+    const int64_t grain = 1 + kMinNoise * runs / (slots_ * sizes.head_size);
+    parallel_for(heads * runs, grain, threads, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(static_cast<size_t>(sizes.head_size));
+      for (int64_t i = begin; i < end; i++)
+        pack(key, value, i / runs, paths.runs[static_cast<size_t>(i % runs)], scratch.data());
+    });
+  }
+
+  const float* keys(int64_t head) const { return keys_.get() + head * slots_ * sizes_.head_size; }
+  const float* values(int64_t head) const { return values_.get() + head * slots_ * value_size_; }
+
+ private:
+  void pack(const View& key, const View& value, int64_t head, const Run& run, float* scratch) {
+    const Kernels& isa = kernels();
+    const int64_t b = head / sizes_.key_heads, h = head % sizes_.key_heads;
+    float* panels = keys_.get() + head * slots_ * sizes_.head_size;
+    float* rows = values_.get() + head * slots_ * value_size_;
+    for (int64_t token = run.begin; token < run.end; token++) {
+      const int64_t slot = run.slot(token), lane = slot % kPanel;
+      isa.pack_key(panels + (slot - lane) * sizes_.head_size + lane, vector_at(key, b, h, token),
+                   key.dtype, sizes_.head_size, scratch);
+      isa.pack_value(rows + slot * value_size_, vector_at(value, b, h, token), value.dtype,
+                     sizes_.value_size);
+    }
+  }
+
+  int64_t slots_;
+  AttentionSizes sizes_;
+  int64_t value_size_;
+  Floats keys_, values_;
+};
+
+// Up to kRows rows of queries: row r of a run is that of its token r / group, and of one head of
+// the group that shares a key head.
+struct Tile {
+  const Run* run;
+  int64_t first;
+  int rows;
+};
+
+std::vector<Tile> tiles_of(const Paths& paths, int64_t group) {
+  std::vector<Tile> tiles;
+  for (const Run& run : paths.runs) {
+    const int64_t rows = (run.end - run.begin) * group;
+    for (int64_t first = 0; first < rows; first += kRows)
+      tiles.push_back({&run, first, static_cast<int>(std::min<int64_t>(kRows, rows - first))});
+  }
+  return tiles;
+}
+
 }  // namespace
 
 void gaussian(const View& out, const Numbering& numbering, Direction direction, int threads) {
@@ -185,6 +265,42 @@ void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels
       for (int i = 0; i < width; i++) write(out, channel + i, result[i]);
     }
   });
+}
+
+void tree_attention(const View& query, const View& key, const View& value, const View& out,
+                    const int64_t* parents, const AttentionSizes& sizes, float scale,
+                    int64_t window, float softcap, int threads) {
+  const Paths paths(parents, sizes.tokens);
+  const PackedKeys packed(key, value, sizes, paths, threads);
+  const Kernels& isa = kernels();
+  const int64_t group = sizes.heads / sizes.key_heads;
+  const std::vector<Tile> tiles = tiles_of(paths, group);
+  const int64_t per_head = static_cast<int64_t>(tiles.size());
+  const int64_t count = sizes.batch * sizes.key_heads * per_head;
+  const int64_t room = kRows * (padded(sizes.head_size) + padded(sizes.value_size) + paths.longest);
+  std::atomic<int64_t> next{0};  // tiles differ in cost: a thread takes the next when it is free
+  const auto attend_tiles = [&](int64_t, int64_t) {
+    const Floats scratch = floats(room);
+    for (int64_t i; (i = next++) < count;) {
+      const int64_t head = i / per_head, b = head / sizes.key_heads, h = head % sizes.key_heads;
+      const Tile& tile = tiles[static_cast<size_t>(i % per_head)];
+      Row rows[kRows];
+      for (int m = 0; m < tile.rows; m++) {
+        const int64_t token = tile.run->begin + (tile.first + m) / group;
+        const int64_t query_head = h * group + (tile.first + m) % group;
+        rows[m] = {vector_at(query, b, query_head, token), vector_at(out, b, query_head, token),
+                   tile.run->position(token)};
+      }
+      const std::vector<Piece>& path = tile.run->path;
+      isa.attend(
+          {packed.keys(head), packed.values(head), path.data(), static_cast<int64_t>(path.size()),
+           sizes.head_size, sizes.value_size, window, scale, softcap, query.dtype},
+          rows, tile.rows, scratch.get());
+    }
+  };
+  const int64_t products = count * kRows * paths.longest * sizes.head_size;
+  const int64_t useful = std::min<int64_t>(threads, 1 + products / kMinProducts);
+  parallel_for(useful, 1, threads, attend_tiles);
 }
 
 }  // namespace dlzo

@@ -37,4 +37,13 @@ void accumulate(const View& out, const View& base, const Numbering& numbering,
 void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels,
                       Reduction reduction, const StatsOut& out, int threads);
 
+struct AttentionSizes {
+  int64_t batch, heads, key_heads, tokens, head_size, value_size;
+};
+
+// Views of shape (batch, heads, tokens, size), with the last dimension's elements side by side.
+void tree_attention(const View& query, const View& key, const View& value, const View& out,
+                    const int64_t* parents, const AttentionSizes& sizes, float scale,
+                    int64_t window, float softcap, int threads);
+
 }  // namespace dlzo

@@ -10,9 +10,10 @@ struct Entry {
   const Kernels* kernels;
 };
 
-#define DLZO_TABLE(isa)                                                               \
-  static const Kernels isa##_kernels = {isa::gaussian, isa::perturb, isa::round_into, \
-                                        isa::moments, isa::channel_moments};
+#define DLZO_TABLE(isa)                                                                         \
+  static const Kernels isa##_kernels = {isa::gaussian,   isa::perturb,         isa::round_into, \
+                                        isa::moments,    isa::channel_moments, isa::pack_key,   \
+                                        isa::pack_value, isa::attend};
 
 DLZO_TABLE(baseline)
 #if defined(__x86_64__)

@@ -15,6 +15,34 @@ constexpr int64_t kSegment = 16384;                  // values of a run about on
 constexpr int64_t kSegmentRows = kSegment / kWidth;  // rows of a tile of kWidth channels
 constexpr int kTiles = 16;                           // tiles side by side, at most
 
+// Of tree_attention: how keys and rows are taken together.
+constexpr int kPanel = 16;  // keys side by side
+constexpr int kRows = 6;    // queries
+
+DLZO_INLINE int64_t padded(int64_t count) { return (count + kPanel - 1) / kPanel * kPanel; }
+
+// Consecutive keys on a path: their first slot among the packed ones, a multiple of kPanel, and
+// their place on the path.
+struct Piece {
+  int64_t slot, count, position;
+};
+
+// What a run of queries attends to. Packed keys lie in panels: of each kPanel slots the first
+// channels, then the second ones, ...; packed values in rows of padded(value_size).
+struct Attention {
+  const float *keys, *values;
+  const Piece* path;
+  int64_t pieces, head_size, value_size, window;
+  float scale, softcap;  // no cap where it is 0
+  DType dtype;           // of queries and results
+};
+
+struct Row {
+  const char* query;
+  char* out;
+  int64_t position;  // on the path
+};
+
 struct Kernels {
   void (*gaussian)(char* out, DType dtype, int64_t count, uint64_t index, Direction direction);
   void (*perturb)(char* out, DType out_dtype, const char* base, DType base_dtype, int64_t count,
@@ -23,6 +51,9 @@ struct Kernels {
   Moments (*moments)(const char* x, DType dtype, int64_t count);
   void (*channel_moments)(const char* x, DType dtype, int64_t rows, int64_t step, int channels,
                           Moments* result);
+  void (*pack_key)(float* column, const char* key, DType dtype, int64_t size, float* scratch);
+  void (*pack_value)(float* row, const char* value, DType dtype, int64_t size);
+  void (*attend)(const Attention& attention, const Row* rows, int count, float* scratch);
 };
 
 #define DLZO_DECLARE_ISA(isa)                                                          \
@@ -32,6 +63,9 @@ struct Kernels {
   void round_into(char*, DType, const char*, int64_t);                                 \
   Moments moments(const char*, DType, int64_t);                                        \
   void channel_moments(const char*, DType, int64_t, int64_t, int, Moments*);           \
+  void pack_key(float*, const char*, DType, int64_t, float*);                          \
+  void pack_value(float*, const char*, DType, int64_t);                                \
+  void attend(const Attention&, const Row*, int, float*);                              \
   }
 DLZO_DECLARE_ISA(baseline)
 DLZO_DECLARE_ISA(avx2)

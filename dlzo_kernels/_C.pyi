@@ -49,6 +49,18 @@ def activation_stats(
     out: tuple[int, int, int, int, int],
     threads: int,
 ) -> None: ...
+def tree_attention(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    out: _Tensor,
+    parents: int,
+    sizes: tuple[int, int, int, int, int, int],
+    scale: float,
+    window: int,
+    softcap: float,
+    threads: int,
+) -> None: ...
 def isas() -> list[tuple[str, bool, bool, str]]: ...
 def select_isa(name: str) -> None: ...
 def selected_isa() -> str: ...

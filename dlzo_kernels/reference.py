@@ -1,6 +1,7 @@
 """Noise v1 and its application, in numpy: the definition that every backend equals bit for bit.
 
-Arrays only; written to be read. Nothing in the package calls it: the tests do.
+And attention over trees, which the kernel equals to rounding. Arrays only; written to be read.
+Nothing in the package calls it: the tests do.
 """
 
 from __future__ import annotations
@@ -153,3 +154,40 @@ def perturb(
 ) -> npt.NDArray[np.float32]:
     """base + scale * z: the product rounded to float32, then the sum; storing rounds once more."""
     return base + np.float32(scale) * z
+
+
+def visible_tokens(parents: list[int], window: int | None = None) -> npt.NDArray[np.bool_]:
+    """Which tokens each one attends to: bool, shape (tokens, tokens), its own in its row.
+
+    Itself, its parent, the parent's parent and so on, `window` of them at most.
+    """
+    seen = np.zeros((len(parents), len(parents)), bool)
+    for token in range(len(parents)):
+        at, left = token, len(parents) if window is None else window
+        while at >= 0 and left > 0:
+            seen[token, at] = True
+            at, left = parents[at], left - 1
+    return seen
+
+
+def tree_attention(
+    query: npt.NDArray[np.float64],
+    key: npt.NDArray[np.float64],
+    value: npt.NDArray[np.float64],
+    seen: npt.NDArray[np.bool_],
+    scale: float,
+    softcap: float | None = None,
+) -> npt.NDArray[np.float64]:
+    """softmax(scale * q k) v over the tokens that each one sees: shape (..., tokens, value size).
+
+    The three have the shape (batch, heads, tokens, size); key and value may have fewer heads, each
+    for as many heads of the query that stand side by side.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = np.repeat(key, group, 1), np.repeat(value, group, 1)
+    scores = scale * query @ np.swapaxes(key, -1, -2)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,27 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from dlzo.scoring.layout import Tree
+from dlzo_kernels import tree_attention
 
 NAME = "dlzo_tree"
-_trees: ContextVar[Sequence[Tree]] = ContextVar("trees")
 # What an attention may be called with beyond this module's own parameters without another result.
 _WITHOUT_EFFECT = {"is_causal", "output_attentions", "position_ids", "use_cache"}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnsupportedAttentionError(Exception):
     """An attention does more than softmax(q k) v with a window or a soft cap."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Trees end to end, and of each token the place of the one before it."""
+
+    trees: Sequence[Tree]
+    parents: Tensor
+
+
+_row: ContextVar[_Row] = ContextVar("row")
 
 
 @contextmanager
@@ -29,7 +42,7 @@ def attend_within(model: PreTrainedModel, trees: Sequence[Tree]) -> Iterator[Non
     """Lets each attention of the model see a row of these trees, end to end, each by itself."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [config._attn_implementation for config in configs]
-    token = _trees.set(trees)
+    token = _row.set(_Row(trees, _parents(trees)))
     try:
         for config in configs:
             config._attn_implementation = NAME
@@ -37,10 +50,19 @@ def attend_within(model: PreTrainedModel, trees: Sequence[Tree]) -> Iterator[Non
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
-        _trees.reset(token)
+        _row.reset(token)
 
 
-def tree_attention(
+def _parents(trees: Sequence[Tree]) -> Tensor:
+    """Of each token of the row, where the token before it in its sequences lies; -1 for none."""
+    parents: list[int] = []
+    for tree in trees:
+        start = len(parents)
+        parents += [start + parent if parent >= 0 else -1 for parent in tree.parents]
+    return torch.tensor(parents)
+
+
+def attention_within_trees(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -64,18 +86,32 @@ def tree_attention(
     unknown = sorted(set(unknown) - _WITHOUT_EFFECT)
     if attention_mask is not None or unknown:
         raise UnsupportedAttentionError(", ".join(unknown) or "attention_mask")
+    row = _row.get()
+    terms = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+    if value.is_cpu and value.dtype in _KERNEL_DTYPES:
+        # Under autocast, what was rotated is in float32.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        out = tree_attention(query, key, value, row.parents, **terms)
+        return out.transpose(1, 2), None
+    return _tree_by_tree(query, key, value, row.trees, **terms), None
+
+
+def _tree_by_tree(
+    query: Tensor, key: Tensor, value: Tensor, trees: Sequence[Tree], **terms: Any
+) -> Tensor:
+    """Where there is no kernel of tree_attention: torch's attention for each tree."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
     start = 0
-    for tree in _trees.get():
+    for tree in trees:
         span = slice(start, start + len(tree.tokens))
         parts = (part[:, :, span] for part in (query, key, value))
-        out[:, span] = _attend(*parts, tree, scaling, sliding_window, softcap).transpose(1, 2)
+        out[:, span] = _attend(*parts, tree, **terms).transpose(1, 2)
         start = span.stop
-    return out, None
+    return out
 
 
 def _attend(
@@ -83,20 +119,20 @@ def _attend(
     key: Tensor,
     value: Tensor,
     tree: Tree,
-    scaling: float | None,
+    scale: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     windowed = window is not None and window < tree.height
     if tree.is_chain and not windowed and softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     mask = (tree.ancestors_within(window) if windowed else tree.ancestors).to(query.device)
     if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     weights = softcap * torch.tanh(query @ key.mT * scale / softcap)
     weights = weights.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
     return weights.to(value.dtype) @ value
 
 
-AttentionInterface.register(NAME, tree_attention)
+AttentionInterface.register(NAME, attention_within_trees)

@@ -1,0 +1,246 @@
+// tree_attention: softmax(q k scale) v of rows of queries, over the keys on their paths, in
+// float32.
+//
+// Keys lie in panels of kPanel, transposed: one product of a few rows with panels of columns gives
+// both the scores and their sum over the values. A tile of rows reads each key and value once.
+//
+//   error    of a weight's logarithm: (head size + 8) 2^-24 of the sum of the score's absolute
+//            terms, and 2^-22; sums of values run in the order of the path
+//   work     2 (head size + value size) operations and one exp for each pair of query and key
+//
+// The order of sums depends on the ISA's lanes only, never on what lies beside a path.
+#include "kernels.h"
+
+namespace dlzo::DLZO_ISA {
+
+constexpr int kVectors = kLanes == 16 ? 4 : 2;  // side by side, with kRows sums in registers
+constexpr int kPerPanel = kPanel / kLanes;
+
+// a * b + c, with one rounding where the ISA has it.
+DLZO_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+#if defined(__x86_64__) && !defined(__FMA__)
+  return a * b + c;
+#else
+  return fused_multiply_add(a, b, c);
+#endif
+}
+
+// A matrix in panels of kPanel columns: element (k, n) lies at n / kPanel * panel_step +
+// k * row_step + n % kPanel.
+struct Panels {
+  const float* data;
+  int64_t panel_step, row_step;
+  const float* vector(int64_t i) const {
+    return data + i / kPerPanel * panel_step + i % kPerPanel * kLanes;
+  }
+};
+
+// c += a b for kRows rows of a and `vectors` vectors of b's columns, from vector `first` on.
+template <int vectors>
+static void multiply(float* c, int64_t c_step, const float* a, int64_t a_step, const Panels& b,
+                     int64_t first, int64_t depth) {
+  F32 sums[kRows][vectors];
+  const float* columns[vectors];
+  for (int n = 0; n < vectors; n++) columns[n] = b.vector(first + n);
+  c += first * kLanes;
+  for (int m = 0; m < kRows; m++)
+    for (int n = 0; n < vectors; n++) sums[m][n] = load<F32>(c + m * c_step + n * kLanes);
+  for (int64_t k = 0; k < depth; k++) {
+    F32 column[vectors];
+    for (int n = 0; n < vectors; n++) column[n] = load<F32>(columns[n] + k * b.row_step);
+    for (int m = 0; m < kRows; m++) {
+      const F32 row = splat(a[m * a_step + k]);
+      for (int n = 0; n < vectors; n++) sums[m][n] = multiply_add(row, column[n], sums[m][n]);
+    }
+  }
+  for (int m = 0; m < kRows; m++)
+    for (int n = 0; n < vectors; n++) store(c + m * c_step + n * kLanes, sums[m][n]);
+}
+
+// The same for all `columns`, a multiple of kPanel.
+static void multiply_all(float* c, int64_t c_step, const float* a, int64_t a_step, const Panels& b,
+                         int64_t columns, int64_t depth) {
+  const int64_t count = columns / kLanes;
+  int64_t i = 0;
+  for (; i + kVectors <= count; i += kVectors)
+    multiply<kVectors>(c, c_step, a, a_step, b, i, depth);
+  for (; i + 2 <= count; i += 2) multiply<2>(c, c_step, a, a_step, b, i, depth);
+  for (; i < count; i++) multiply<1>(c, c_step, a, a_step, b, i, depth);
+}
+
+// exp(x) for x <= 0 within 2 ulp, and 0 below -87.
+DLZO_INLINE F32 exponential(F32 x) {
+  const F32 shift = splat(0x1.8p23f);  // brings the power of two to the last bits
+  const F32 shifted = multiply_add(x, splat(0x1.715476p0f), shift), power = shifted - shift;
+  F32 r = multiply_add(power, splat(-0x1.62e4p-1f), x);
+  r = multiply_add(power, splat(-0x1.7f7d1cp-20f), r);
+  // Cephes' expf.
+  const float coefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                4.1665795894e-2f, 1.6666665459e-1f, 0.5f};
+  F32 p = {};
+  for (const float c : coefficients) p = multiply_add(p, r, splat(c));
+  p = multiply_add(p, r * r, r) + 1.0f;
+  const U32 scaled = bits<U32>(p) + (bits<U32>(shifted) << 23);
+  return bits<F32>(select(x < -87.0f, U32{}, scaled));
+}
+
+// Turns scores into cap * tanh(score / cap).
+static void soft_cap(float* scores, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const U32 score = load<U32>(scores + i);
+    const F32 e = exponential(bits<F32>(score & 0x7fffffffu) * (-2.0f / cap));
+    store(scores + i, bits<U32>(cap * (1.0f - e) / (1.0f + e)) | (score & 0x80000000u));
+  }
+}
+
+// All lanes joined in pairs, and these in pairs again.
+template <class Join>
+DLZO_INLINE float reduce(F32 vector, Join join) {
+  float lanes[kLanes];
+  store(lanes, vector);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) lanes[i] = join(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// Turns a row of scores into exp(score - largest); returns their sum.
+static float exponentials(float* scores, int64_t count) {
+  F32 largest = load<F32>(scores), sum = {};
+  for (int64_t i = kLanes; i < count; i += kLanes) {
+    const F32 score = load<F32>(scores + i);
+    largest = bits<F32>(select(score > largest, bits<U32>(score), bits<U32>(largest)));
+  }
+  const float most = reduce(largest, [](float a, float b) { return a > b ? a : b; });
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const F32 weight = exponential(load<F32>(scores + i) - most);
+    store(scores + i, weight);
+    sum += weight;
+  }
+  return reduce(sum, [](float a, float b) { return a + b; });
+}
+
+template <DType dtype>
+DLZO_INLINE void widen_as(const char* x, int64_t count, float* out) {
+  constexpr int kStep = 2 * kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    const Pair pair = load_pair<dtype>(x + i * size_of(dtype));
+    store(out + i, pair.v[0]);
+    store(out + i + kLanes, pair.v[1]);
+  }
+  if (i == count) return;
+  alignas(64) char stage[kStep * 4] = {};
+  alignas(64) float last[kStep];
+  memcpy(stage, x + i * size_of(dtype), (size_t)((count - i) * size_of(dtype)));
+  const Pair pair = load_pair<dtype>(stage);
+  store(last, pair.v[0]);
+  store(last + kLanes, pair.v[1]);
+  memcpy(out + i, last, (size_t)((count - i) * 4));
+}
+
+template <DType dtype>
+DLZO_INLINE void narrow_as(char* out, const float* x, int64_t count, float factor) {
+  constexpr int kStep = 2 * kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep)
+    store_pair<dtype>(out + i * size_of(dtype),
+                      {{load<F32>(x + i) * factor, load<F32>(x + i + kLanes) * factor}});
+  if (i == count) return;
+  float last[kStep] = {};
+  alignas(64) char stage[kStep * 4];
+  memcpy(last, x + i, (size_t)((count - i) * 4));
+  store_pair<dtype>(stage, {{load<F32>(last) * factor, load<F32>(last + kLanes) * factor}});
+  memcpy(out + i * size_of(dtype), stage, (size_t)((count - i) * size_of(dtype)));
+}
+
+// `count` values as float32.
+static void widen(const char* x, DType dtype, int64_t count, float* out) {
+  if (dtype == DType::kBFloat16) return widen_as<DType::kBFloat16>(x, count, out);
+  if (dtype == DType::kFloat16) return widen_as<DType::kFloat16>(x, count, out);
+  widen_as<DType::kFloat32>(x, count, out);
+}
+
+static void narrow(char* out, DType dtype, const float* x, int64_t count, float factor) {
+  if (dtype == DType::kBFloat16) return narrow_as<DType::kBFloat16>(out, x, count, factor);
+  if (dtype == DType::kFloat16) return narrow_as<DType::kFloat16>(out, x, count, factor);
+  narrow_as<DType::kFloat32>(out, x, count, factor);
+}
+
+void pack_key(float* column, const char* key, DType dtype, int64_t size, float* scratch) {
+  widen(key, dtype, size, scratch);
+  for (int64_t i = 0; i < size; i++) column[i * kPanel] = scratch[i];
+}
+
+void pack_value(float* row, const char* value, DType dtype, int64_t size) {
+  widen(value, dtype, size, row);
+}
+
+// The part of a piece that some row of a tile sees: keys [begin, end) of it, `begin` in whole
+// panels.
+struct Part {
+  int64_t begin, end;
+  int64_t columns() const { return padded(end - begin); }
+};
+
+// Calls body(piece, part, column) on what the rows see, side by side in the columns of the scores;
+// returns how many columns there are.
+template <class Body>
+DLZO_INLINE int64_t for_each_part(const Attention& a, const Row* rows, int count, Body body) {
+  const int64_t oldest = rows[0].position - a.window + 1, newest = rows[count - 1].position;
+  int64_t column = 0;
+  for (int64_t p = 0; p < a.pieces; p++) {
+    const Piece& piece = a.path[p];
+    const int64_t first = oldest - piece.position, last = newest - piece.position;
+    const Part part = {first > 0 ? first / kPanel * kPanel : 0,
+                       last < piece.count ? last + 1 : piece.count};
+    if (part.begin >= part.end) continue;
+    body(piece, part, column);
+    column += part.columns();
+  }
+  return column;
+}
+
+// Takes out of a part's scores what one row does not see: keys after it, or too far before.
+static void hide(float* scores, const Piece& piece, Part part, int64_t position, int64_t window) {
+  const int64_t here = position - piece.position - part.begin;  // the row's own key
+  const int64_t columns = part.columns(), keys = part.end - part.begin;
+  const int64_t end = here < keys ? here + 1 : keys;
+  for (int64_t i = 0; i <= here - window && i < columns; i++) scores[i] = -__builtin_inff();
+  for (int64_t i = end < 0 ? 0 : end; i < columns; i++) scores[i] = -__builtin_inff();
+}
+
+void attend(const Attention& a, const Row* rows, int count, float* scratch) {
+  const int64_t size = a.head_size, query_size = padded(size), value_size = padded(a.value_size);
+  float* query = scratch;
+  float* sums = query + kRows * query_size;
+  float* scores = sums + kRows * value_size;
+  const int64_t columns = for_each_part(a, rows, count, [](const Piece&, Part, int64_t) {});
+  memset(scratch, 0, (size_t)(kRows * (query_size + value_size + columns)) * sizeof(float));
+  for (int m = 0; m < count; m++) {
+    float* row = query + m * query_size;
+    widen(rows[m].query, a.dtype, size, row);
+    for (int64_t i = 0; i < query_size; i++) row[i] *= a.scale;
+  }
+  for_each_part(a, rows, count, [&](const Piece& piece, Part part, int64_t column) {
+    const Panels keys = {a.keys + (piece.slot + part.begin) * size, kPanel * size, kPanel};
+    multiply_all(scores + column, columns, query, query_size, keys, part.columns(), size);
+    for (int m = 0; m < count; m++) {
+      float* row = scores + m * columns + column;
+      if (a.softcap > 0) soft_cap(row, part.columns(), a.softcap);
+      hide(row, piece, part, rows[m].position, a.window);
+    }
+  });
+  float totals[kRows];
+  for (int m = 0; m < count; m++) totals[m] = exponentials(scores + m * columns, columns);
+  for_each_part(a, rows, count, [&](const Piece& piece, Part part, int64_t column) {
+    const Panels values = {a.values + (piece.slot + part.begin) * value_size, kPanel, value_size};
+    multiply_all(sums, value_size, scores + column, columns, values, value_size,
+                 part.end - part.begin);
+  });
+  for (int m = 0; m < count; m++)
+    narrow(rows[m].out, a.dtype, sums + m * value_size, a.value_size, 1.0f / totals[m]);
+}
+
+}  // namespace dlzo::DLZO_ISA

@@ -1,0 +1,212 @@
+"""tree_attention against float64, on every ISA; what others may not change is compared by bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bits import assert_same_bits
+from dlzo_kernels import reference, tree_attention
+
+# Of a result, in units of the largest value: rounding of the result, and float32 sums.
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+PER_ISA = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def inputs(
+    tokens: int, sizes: tuple[int, int], heads: tuple[int, int], dtype: torch.dtype, batch: int = 2
+) -> tuple[torch.Tensor, ...]:
+    """Query, key and value as a model makes them: the heads of a token side by side."""
+    generator = torch.Generator().manual_seed(tokens)
+    (size, value_size), (of_query, of_key) = sizes, heads
+    shapes = (of_query, size), (of_key, size), (of_key, value_size)
+    return tuple(
+        torch.randn(batch, tokens, *shape, generator=generator).to(dtype).transpose(1, 2)
+        for shape in shapes
+    )
+
+
+def chain(tokens: int) -> list[int]:
+    return list(range(-1, tokens - 1))
+
+
+def tree(tokens: int) -> list[int]:
+    """Runs of several lengths that branch off earlier tokens, now and then a new root."""
+    parents = chain(tokens)
+    for i, start in enumerate(range(3, tokens, 7)):
+        parents[start] = -1 if i % 4 == 3 else start * i % start
+    return parents
+
+
+def assert_right(q, k, v, parents, *, scale=None, window=None, softcap=None, slack=1) -> None:
+    got = tree_attention(
+        q, k, v, torch.tensor(parents), scale=scale, window=window, softcap=softcap
+    )
+    seen = reference.visible_tokens(parents, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    exact = (x.double().numpy() for x in (q, k, v))
+    expected = torch.from_numpy(reference.tree_attention(*exact, seen, scale, softcap))
+    assert got.dtype == q.dtype and got.shape == expected.shape
+    distance = (got.double() - expected).abs().max().item()
+    assert distance <= slack * BOUNDS[q.dtype] * v.abs().max().item()
+
+
+@pytest.mark.parametrize("parents", [chain, tree])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "heads"),
+    [
+        (77, (64, 64), (9, 3)),
+        (40, (8, 8), (4, 2)),
+        (33, (80, 80), (2, 2)),
+        (50, (128, 100), (7, 1)),
+        (19, (5, 3), (3, 3)),
+        (1, (16, 16), (2, 1)),
+        (300, (31, 33), (2, 1)),
+    ],
+)
+def test_against_float64(isa, dtype, tokens, sizes, heads, parents):
+    assert_right(*inputs(tokens, sizes, heads, dtype), parents(tokens))
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 35), 47, 48, 49, 63, 64, 65])
+def test_every_tail(isa, tokens):
+    assert_right(*inputs(tokens, (tokens, 2 * tokens), (1, 1), torch.float32), chain(tokens))
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 1000])
+@pytest.mark.parametrize("parents", [chain, tree])
+def test_a_window(isa, window, parents):
+    assert_right(*inputs(70, (24, 24), (4, 2), torch.float32), parents(70), window=window)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_a_soft_cap(isa, softcap):
+    assert_right(*inputs(45, (24, 24), (4, 2), torch.float32), tree(45), softcap=softcap, scale=2.0)
+
+
+@PER_ISA
+@given(data=st.data(), tokens=st.integers(1, 60), window=st.none() | st.integers(1, 60))
+def test_any_tree(isa, data, tokens, window):
+    parents = [data.draw(st.integers(-1, i - 1)) for i in range(tokens)]
+    assert_right(*inputs(tokens, (12, 20), (3, 1), torch.float32), parents, window=window)
+
+
+def test_scores_far_apart(isa):
+    q, k, v = inputs(30, (16, 16), (2, 2), torch.float32)
+    assert_right(1000 * q, k, v, chain(30), slack=1000)  # scores carry their own rounding
+    v[:, :, 10:] = 1e36
+    got = tree_attention(q, k, v, torch.tensor(chain(30)))
+    assert got[:, :, :10].abs().max() < 10 and got.isfinite().all()
+
+
+def test_what_is_not_finite_stays_in_its_tree(isa):
+    q, k, v = inputs(40, (16, 16), (2, 2), torch.float32)
+    parents = torch.tensor([*chain(20), -1, *range(20, 39)])
+    expected = tree_attention(q, k, v, parents)
+    k[:, :, 5], v[:, :, 6] = torch.nan, torch.inf
+    got = tree_attention(q, k, v, parents)
+    assert got[:, :, 5:20].isnan().all()
+    assert_same_bits(got[:, :, 20:].clone(), expected[:, :, 20:].clone())
+
+
+def test_bits_do_not_depend_on_other_sequences(isa, dtype):
+    q, k, v = inputs(90, (64, 64), (6, 2), dtype)
+    both = torch.tensor([*chain(37), -1, *range(37, 89)])
+    got = tree_attention(q, k, v, both)
+    for span in (slice(0, 37), slice(37, 90)):
+        parts = (x[:, :, span] for x in (q, k, v))
+        alone = tree_attention(*parts, torch.tensor(chain(span.stop - span.start)))
+        assert_same_bits(got[:, :, span].clone(), alone.clone())
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(set_threads):
+    parts = inputs(500, (64, 64), (9, 3), torch.bfloat16)
+    results = []
+    for threads in (1, 2, 3, 7):
+        set_threads(threads)
+        results.append(tree_attention(*parts, torch.tensor(tree(500))).clone())
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+def test_any_layout(isa, dtype):
+    q, k, v = inputs(21, (16, 16), (4, 2), dtype)
+    expected = tree_attention(q, k, v, torch.tensor(tree(21)))
+    assert expected.transpose(1, 2).is_contiguous()
+    apart = [x.repeat_interleave(2, -1)[..., ::2] for x in (q, k, v)]
+    sideways = [x.mT.contiguous().mT for x in (q, k, v)]
+    every_other = torch.tensor(tree(21)).repeat_interleave(2)[::2]
+    for others in (apart, sideways, [x.contiguous() for x in (q, k, v)]):
+        assert_same_bits(tree_attention(*others, every_other).clone(), expected.clone())
+
+
+def test_a_batch_of_none_and_values_of_none():
+    q, k, v = inputs(4, (8, 8), (2, 2), torch.float32)
+    parents = torch.tensor(chain(4))
+    assert tree_attention(q[:0], k[:0], v[:0], parents).shape == (0, 2, 4, 8)
+    assert tree_attention(q, k, v[..., :0], parents).shape == (2, 2, 4, 0)
+    assert tree_attention(*(x[:, :, :0] for x in (q, k, v)), parents[:0]).shape == (2, 2, 0, 8)
+
+
+def test_inputs_are_left_alone():
+    parts = inputs(33, (16, 16), (2, 1), torch.bfloat16)
+    before = [x.clone() for x in parts]
+    tree_attention(*parts, torch.tensor(chain(33)))
+    for x, copy in zip(parts, before, strict=True):
+        assert torch.equal(x, copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a: a | {"query": a["query"].double()}, TypeError, "query has dtype torch.float64"),
+        (lambda a: a | {"key": a["key"].half()}, TypeError, "key has dtype torch.float16"),
+        (lambda a: a | {"value": a["value"][0]}, ValueError, "value has shape (2, 6, 8); give"),
+        (lambda a: a | {"key": a["key"][:, :0]}, ValueError, "4 heads of query do not share 0"),
+        (lambda a: a | {"query": a["query"][:, :3]}, ValueError, "3 heads of query do not share 2"),
+        (lambda a: a | {"value": a["value"][:, :, :5]}, ValueError, "do not fit each other"),
+        (lambda a: a | {"parents": a["parents"][:5]}, ValueError, "parents is torch.int64 of"),
+        (lambda a: a | {"parents": a["parents"].int()}, ValueError, "parents is torch.int32"),
+        (lambda a: a | {"parents": a["parents"] + 1}, ValueError, "the parent of token 0 is 0"),
+        (lambda a: a | {"parents": a["parents"] - 1}, ValueError, "the parent of token 0 is -2"),
+        (lambda a: a | {"window": 0}, ValueError, "window must be at least 1 token, not 0"),
+        (lambda a: a | {"softcap": -1.0}, ValueError, "softcap must be positive and finite"),
+        (lambda a: a | {"scale": float("nan")}, ValueError, "scale must be finite, not nan"),
+        (
+            lambda a: {name: x.to("meta") for name, x in a.items()},
+            NotImplementedError,
+            "query is on meta",
+        ),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    q, k, v = inputs(6, (8, 8), (4, 2), torch.float32)
+    arguments = change({"query": q, "key": k, "value": v, "parents": torch.tensor(chain(6))})
+    with pytest.raises(error) as raised:
+        tree_attention(**arguments)
+    assert message in str(raised.value)
+
+
+def test_a_parent_deep_in_the_row_must_come_first():
+    parents = np.array(chain(6))
+    parents[4] = 5
+    with pytest.raises(ValueError, match="the parent of token 4 is 5; give an earlier token"):
+        tree_attention(*inputs(6, (8, 8), (4, 2), torch.float32), torch.from_numpy(parents))
+
+
+def test_operator_contract():
+    parts = inputs(9, (8, 8), (4, 2), torch.float32)
+    arguments = (*parts, torch.tensor(tree(9)), 0.3, 1 << 62, 0.0)
+    torch.library.opcheck(torch.ops.dlzo.tree_attention.default, arguments)
+
+
+def test_inside_torch_compile():
+    parts = inputs(9, (8, 8), (4, 2), torch.float32)
+    parents = torch.tensor(tree(9))
+    compiled = torch.compile(lambda *x: tree_attention(*x, window=3) + 1, fullgraph=True)
+    assert torch.equal(compiled(*parts, parents), tree_attention(*parts, parents, window=3) + 1)
