@@ -208,7 +208,7 @@ static void hide(float* scores, const Piece& piece, Part part, int64_t position,
   const int64_t columns = part.columns(), keys = part.end - part.begin;
   const int64_t end = here < keys ? here + 1 : keys;
   for (int64_t i = 0; i <= here - window && i < columns; i++) scores[i] = -__builtin_inff();
-  for (int64_t i = end < 0 ? 0 : end; i < columns; i++) scores[i] = -__builtin_inff();
+  for (int64_t i = end; i < columns; i++) scores[i] = -__builtin_inff();
 }
 
 void attend(const Attention& a, const Row* rows, int count, float* scratch) {

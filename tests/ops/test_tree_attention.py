@@ -104,6 +104,17 @@ def test_scores_far_apart(isa):
     assert got[:, :, :10].abs().max() < 10 and got.isfinite().all()
 
 
+def test_the_exponential_to_its_last_bits(isa):
+    scores = torch.linspace(-95, 0, 3001)
+    q, k = torch.ones(3001, 1, 2, 1), torch.stack([scores, 0 * scores], -1)[:, None, :, None]
+    v = torch.tensor([1.0, 0.0]).expand(3001, 1, 2)[..., None]  # the result is the first weight
+    got = tree_attention(q, k, v, torch.tensor(chain(2)), scale=1.0)[:, 0, 1, 0]
+    expected = scores.double().sigmoid()
+    tiny = scores < -87
+    assert ((got - expected).abs() <= 3 * 2**-24 * expected)[~tiny].all()
+    assert (got[tiny] < 2**-125).all()
+
+
 def test_what_is_not_finite_stays_in_its_tree(isa):
     q, k, v = inputs(40, (16, 16), (2, 2), torch.float32)
     parents = torch.tensor([*chain(20), -1, *range(20, 39)])
