@@ -35,7 +35,7 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(scale * q k) v of every token over the sequence that ends with it, on CPUs.
+    """softmax(scale * q k) v of every token over the sequence that ends with it; forward, on CPUs.
 
     The tokens of a row are those of any number of trees: a token's sequence is itself, its parent,
     the parent's parent and so on. Sequences that share a prefix share its tokens; trees do not see
@@ -60,11 +60,16 @@ def tree_attention(
         in memory in the order (batch, tokens, heads).
 
     Raises:
-        ValueError: shapes do not fit, a parent does not come before its token, or a number is out
-            of range.
+        ValueError: shapes do not fit, a parent does not come before its token, a number is out of
+            range, or a gradient would be lost.
         TypeError: dtypes differ, or are none of the three.
         NotImplementedError: the tensors are not on the CPU.
     """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise ValueError(
+            "query, key or value requires a gradient, which tree_attention has not: "
+            "call it under torch.no_grad()"
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     window = _NO_WINDOW if window is None else window
     softcap = 0.0 if softcap is None else softcap

@@ -188,6 +188,7 @@ def test_inputs_are_left_alone():
         (lambda a: a | {"window": 0}, ValueError, "window must be at least 1 token, not 0"),
         (lambda a: a | {"softcap": -1.0}, ValueError, "softcap must be positive and finite"),
         (lambda a: a | {"scale": float("nan")}, ValueError, "scale must be finite, not nan"),
+        (lambda a: a | {"value": a["value"].requires_grad_()}, ValueError, "requires a gradient"),
         (
             lambda a: {name: x.to("meta") for name, x in a.items()},
             NotImplementedError,
