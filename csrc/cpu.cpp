@@ -157,9 +157,8 @@ class PackedKeys {
     const int64_t runs = static_cast<int64_t>(paths.runs.size());
     const int64_t grain = 1 + kMinNoise * runs / (slots_ * sizes.head_size);
     parallel_for(heads * runs, grain, threads, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(static_cast<size_t>(sizes.head_size));
       for (int64_t i = begin; i < end; i++)
-        pack(key, value, i / runs, paths.runs[static_cast<size_t>(i % runs)], scratch.data());
+        pack(key, value, i / runs, paths.runs[static_cast<size_t>(i % runs)]);
     });
   }
 
@@ -167,7 +166,7 @@ class PackedKeys {
   const float* values(int64_t head) const { return values_.get() + head * slots_ * value_size_; }
 
  private:
-  void pack(const View& key, const View& value, int64_t head, const Run& run, float* scratch) {
+  void pack(const View& key, const View& value, int64_t head, const Run& run) {
     const Kernels& isa = kernels();
     const int64_t b = head / sizes_.key_heads, h = head % sizes_.key_heads;
     float* panels = keys_.get() + head * slots_ * sizes_.head_size;
@@ -175,7 +174,7 @@ class PackedKeys {
     for (int64_t token = run.begin; token < run.end; token++) {
       const int64_t slot = run.slot(token), lane = slot % kPanel;
       isa.pack_key(panels + (slot - lane) * sizes_.head_size + lane, vector_at(key, b, h, token),
-                   key.dtype, sizes_.head_size, scratch);
+                   key.dtype, sizes_.head_size);
       isa.pack_value(rows + slot * value_size_, vector_at(value, b, h, token), value.dtype,
                      sizes_.value_size);
     }
@@ -278,9 +277,11 @@ void tree_attention(const View& query, const View& key, const View& value, const
   const int64_t per_head = static_cast<int64_t>(tiles.size());
   const int64_t count = sizes.batch * sizes.key_heads * per_head;
   const int64_t room = kRows * (padded(sizes.head_size) + padded(sizes.value_size) + paths.longest);
+  const int64_t products = count * kRows * paths.longest * sizes.head_size;
+  const int64_t useful = std::min<int64_t>(threads, 1 + products / kMinProducts);
+  const Floats scratch = floats(useful * room);  // here, where running out of memory can be told
   std::atomic<int64_t> next{0};  // tiles differ in cost: a thread takes the next when it is free
-  const auto attend_tiles = [&](int64_t, int64_t) {
-    const Floats scratch = floats(room);
+  const auto attend_tiles = [&](int64_t thread, int64_t) {
     for (int64_t i; (i = next++) < count;) {
       const int64_t head = i / per_head, b = head / sizes.key_heads, h = head % sizes.key_heads;
       const Tile& tile = tiles[static_cast<size_t>(i % per_head)];
@@ -295,11 +296,9 @@ void tree_attention(const View& query, const View& key, const View& value, const
       isa.attend(
           {packed.keys(head), packed.values(head), path.data(), static_cast<int64_t>(path.size()),
            sizes.head_size, sizes.value_size, window, scale, softcap, query.dtype},
-          rows, tile.rows, scratch.get());
+          rows, tile.rows, scratch.get() + thread * room);
     }
   };
-  const int64_t products = count * kRows * paths.longest * sizes.head_size;
-  const int64_t useful = std::min<int64_t>(threads, 1 + products / kMinProducts);
   parallel_for(useful, 1, threads, attend_tiles);
 }
 

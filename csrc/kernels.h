@@ -51,7 +51,7 @@ struct Kernels {
   Moments (*moments)(const char* x, DType dtype, int64_t count);
   void (*channel_moments)(const char* x, DType dtype, int64_t rows, int64_t step, int channels,
                           Moments* result);
-  void (*pack_key)(float* column, const char* key, DType dtype, int64_t size, float* scratch);
+  void (*pack_key)(float* column, const char* key, DType dtype, int64_t size);
   void (*pack_value)(float* row, const char* value, DType dtype, int64_t size);
   void (*attend)(const Attention& attention, const Row* rows, int count, float* scratch);
 };
@@ -63,7 +63,7 @@ struct Kernels {
   void round_into(char*, DType, const char*, int64_t);                                 \
   Moments moments(const char*, DType, int64_t);                                        \
   void channel_moments(const char*, DType, int64_t, int64_t, int, Moments*);           \
-  void pack_key(float*, const char*, DType, int64_t, float*);                          \
+  void pack_key(float*, const char*, DType, int64_t);                                  \
   void pack_value(float*, const char*, DType, int64_t);                                \
   void attend(const Attention&, const Row*, int, float*);                              \
   }

@@ -168,9 +168,14 @@ static void narrow(char* out, DType dtype, const float* x, int64_t count, float 
   narrow_as<DType::kFloat32>(out, x, count, factor);
 }
 
-void pack_key(float* column, const char* key, DType dtype, int64_t size, float* scratch) {
-  widen(key, dtype, size, scratch);
-  for (int64_t i = 0; i < size; i++) column[i * kPanel] = scratch[i];
+void pack_key(float* column, const char* key, DType dtype, int64_t size) {
+  constexpr int64_t kStep = 2 * kLanes;
+  float values[kStep];
+  for (int64_t first = 0; first < size; first += kStep) {
+    const int64_t count = size - first < kStep ? size - first : kStep;
+    widen(key + first * size_of(dtype), dtype, count, values);
+    for (int64_t i = 0; i < count; i++) column[(first + i) * kPanel] = values[i];
+  }
 }
 
 void pack_value(float* row, const char* value, DType dtype, int64_t size) {
