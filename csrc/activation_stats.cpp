@@ -48,12 +48,8 @@ DLZO_INLINE constexpr int element_of(int vector, int lane) {
 // The first `count` of kWidth values at x as float32, in order; the rest are zero.
 template <DType dtype>
 DLZO_INLINE void to_float32(const char* x, int64_t count, float* values) {
-  alignas(64) char stage[kWidth * 4] = {};
-  memcpy(stage, x, (size_t)(count * size_of(dtype)));
-  for (int p = 0; p < kPairs; p++) {
-    const Pair pair = load_pair<dtype>(stage + p * 2 * kLanes * size_of(dtype));
-    for (int i = 0; i < 2; i++) store(values + (2 * p + i) * kLanes, pair.v[i]);
-  }
+  memset(values, 0, kWidth * sizeof(float));
+  widen<dtype>(x, count, values);
 }
 
 // What the lanes add up to, in element order.

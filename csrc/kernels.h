@@ -1,5 +1,5 @@
 // What one ISA offers: a function per op over one contiguous run of elements. Everything else
-// (views, threads, dispatch) is written once, in layout.h, parallel.cpp and dispatch.cpp.
+// (views, threads, dispatch) is written once, in cpu.cpp, parallel.cpp and dispatch.cpp.
 #pragma once
 #include <cstdint>
 

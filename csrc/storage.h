@@ -116,4 +116,24 @@ DLZO_INLINE void store_pair(char* target, const Pair& value) {
   }
 }
 
+// `count` values at x as float32; nothing beyond them is read or written.
+template <DType dtype>
+DLZO_INLINE void widen(const char* x, int64_t count, float* out) {
+  constexpr int kStep = 2 * kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    const Pair pair = load_pair<dtype>(x + i * size_of(dtype));
+    store(out + i, pair.v[0]);
+    store(out + i + kLanes, pair.v[1]);
+  }
+  if (i == count) return;
+  alignas(64) char stage[kStep * 4] = {};
+  alignas(64) float last[kStep];
+  memcpy(stage, x + i * size_of(dtype), (size_t)((count - i) * size_of(dtype)));
+  const Pair pair = load_pair<dtype>(stage);
+  store(last, pair.v[0]);
+  store(last + kLanes, pair.v[1]);
+  memcpy(out + i, last, (size_t)((count - i) * 4));
+}
+
 }  // namespace dlzo::DLZO_ISA

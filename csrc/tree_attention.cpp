@@ -110,7 +110,7 @@ static float exponentials(float* scores, int64_t count) {
   F32 largest = load<F32>(scores), sum = {};
   for (int64_t i = kLanes; i < count; i += kLanes) {
     const F32 score = load<F32>(scores + i);
-    largest = bits<F32>(select(score > largest, bits<U32>(score), bits<U32>(largest)));
+    largest = score > largest ? score : largest;
   }
   const float most = reduce(largest, [](float a, float b) { return a > b ? a : b; });
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -119,25 +119,6 @@ static float exponentials(float* scores, int64_t count) {
     sum += weight;
   }
   return reduce(sum, [](float a, float b) { return a + b; });
-}
-
-template <DType dtype>
-DLZO_INLINE void widen_as(const char* x, int64_t count, float* out) {
-  constexpr int kStep = 2 * kLanes;
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    const Pair pair = load_pair<dtype>(x + i * size_of(dtype));
-    store(out + i, pair.v[0]);
-    store(out + i + kLanes, pair.v[1]);
-  }
-  if (i == count) return;
-  alignas(64) char stage[kStep * 4] = {};
-  alignas(64) float last[kStep];
-  memcpy(stage, x + i * size_of(dtype), (size_t)((count - i) * size_of(dtype)));
-  const Pair pair = load_pair<dtype>(stage);
-  store(last, pair.v[0]);
-  store(last + kLanes, pair.v[1]);
-  memcpy(out + i, last, (size_t)((count - i) * 4));
 }
 
 template <DType dtype>
@@ -157,9 +138,9 @@ DLZO_INLINE void narrow_as(char* out, const float* x, int64_t count, float facto
 
 // `count` values as float32.
 static void widen(const char* x, DType dtype, int64_t count, float* out) {
-  if (dtype == DType::kBFloat16) return widen_as<DType::kBFloat16>(x, count, out);
-  if (dtype == DType::kFloat16) return widen_as<DType::kFloat16>(x, count, out);
-  widen_as<DType::kFloat32>(x, count, out);
+  if (dtype == DType::kBFloat16) return widen<DType::kBFloat16>(x, count, out);
+  if (dtype == DType::kFloat16) return widen<DType::kFloat16>(x, count, out);
+  widen<DType::kFloat32>(x, count, out);
 }
 
 static void narrow(char* out, DType dtype, const float* x, int64_t count, float factor) {
