@@ -4,9 +4,10 @@
 
 Needs a CUDA device with 40 GB, torch, triton and nvcc; takes under 8 minutes. First the card's own
 limits (limits.cu); then each kernel of both columns on a tensor as large as a decoder layer of
-LLaMA2-7B; then three exact passes over that layer and over the whole model against MeZO's four;
-then a whole two-point step on random weights of the shapes of LLaMA2-7B and Qwen3-8B. Times are
-medians of runs in turn, by CUDA events. Lands in results/gpu_<card>.json.
+LLaMA2-7B; then attention against torch's; then three exact passes over that layer and over the
+whole model against MeZO's four; then a whole two-point step on random weights of the shapes of
+LLaMA2-7B and Qwen3-8B. Times are medians of runs in turn, by CUDA events. Lands in
+results/gpu_<card>.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import transformers
 from mezo import Batch, batch_loss, mezo_step
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers import Qwen3Config as Qwen3
 
@@ -102,6 +104,34 @@ def kernels(copy_bytes_per_s: float) -> Iterator[dict[str, object]]:
     noise = {"torch.normal float32": lambda: torch.normal(0, 1, (LAYER,), device="cuda")}
     for name, ms in milliseconds(noise).items():
         yield {"column": "torch", "kernel": name, "ms": ms}
+
+
+def attention() -> Iterator[dict[str, object]]:
+    """A row of 16 texts with the heads of LLaMA2-7B, against torch's attention of the same texts.
+
+    One call for each text, or one for a batch of them: all of one length, nothing is padded.
+    """
+    heads, size = 32, 128
+    for length in (32, 128, 512):
+        shape = BATCH_SIZE, heads, length, size
+        batch = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        row = [x.transpose(0, 1).reshape(1, heads, -1, size) for x in batch]
+        parents = torch.arange(-1, BATCH_SIZE * length - 1)
+        parents[::length] = -1
+
+        def text_by_text(batch: list[Tensor] = batch) -> None:
+            for text in zip(*(x.split(1) for x in batch), strict=True):
+                F.scaled_dot_product_attention(*text, is_causal=True)
+
+        runs = {
+            "tree_attention": lambda row=row, p=parents: dk.tree_attention(*row, p),
+            "torch, text by text": text_by_text,
+            "torch, one batch": lambda b=batch: F.scaled_dot_product_attention(*b, is_causal=True),
+        }
+        found = milliseconds(runs)
+        products = 2 * BATCH_SIZE * heads * size * length * (length + 1)
+        rate = products / (1e9 * found["tree_attention"])
+        yield {"tokens of a text": length, **found, "TFLOP/s": rate}
 
 
 def llama2_7b() -> PretrainedConfig:
@@ -251,6 +281,7 @@ def main() -> None:
         },
         "limits": (measured := limits()),
         "kernels": list(kernels(measured["copy_bytes_per_s"])),
+        "attention": list(attention()),
     }
     print(json.dumps(results, indent=1), flush=True)
     for name, config in (("LLaMA2-7B", llama2_7b()), ("Qwen3-8B", qwen3_8b())):

@@ -5,14 +5,15 @@
 DIR holds a folder for each task with its train.jsonl. The model is SmolLM2-135M-Instruct
 (de-quantised Q4_1), the batch 16 rows in the order that training draws them, another one in each
 round. A round runs every variant in turn, one that takes less than ten seconds three times, of
-which the median counts; nothing else may be running. Each time is appended to results/speed.csv and
-not measured again, so a run that was stopped goes on; the table (results/speed_table.csv) and the
-figure are made of what is there.
+which the median counts; nothing else may be running. A round is run for every task before the next
+one. Each time is appended to results/speed.csv and not measured again, so a run that was stopped
+goes on; the table (results/speed_table.csv) and the figure are made of what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -127,20 +128,19 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
     for dtype in dtypes:
         contestants = Contestants(dtype)
         warm: set[str] = set()
-        for task in tasks:
-            rows = load_split(get_task(task), data / task, "train")
-            for number in range(1, rounds + 1):
-                examples = batch_of(rows, 0, number, BATCH_SIZE)
-                steps = contestants.steps(task, examples, step_seed(0, number))
-                for variant, positions, step in steps:
-                    if (dtype, task, str(number), variant) in done:
-                        continue
-                    if variant not in warm:
-                        step()
-                        warm.add(variant)
-                    ms = steady_milliseconds(step)
-                    values = dtype, task, number, variant, f"{ms:.1f}", positions
-                    append(TIMES, FIELDS, [dict(zip(FIELDS, values, strict=True))])
+        rows = {task: load_split(get_task(task), data / task, "train") for task in tasks}
+        for number, task in itertools.product(range(1, rounds + 1), tasks):
+            examples = batch_of(rows[task], 0, number, BATCH_SIZE)
+            steps = contestants.steps(task, examples, step_seed(0, number))
+            for variant, positions, step in steps:
+                if (dtype, task, str(number), variant) in done:
+                    continue
+                if variant not in warm:
+                    step()
+                    warm.add(variant)
+                ms = steady_milliseconds(step)
+                values = dtype, task, number, variant, f"{ms:.1f}", positions
+                append(TIMES, FIELDS, [dict(zip(FIELDS, values, strict=True))])
 
 
 def steady_milliseconds(step: Step) -> float:

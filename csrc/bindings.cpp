@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "gpu.h"
 #include "parallel.h"
+#include "paths.h"
 #if defined(DLZO_CUDA)
 #include "cuda.h"
 #endif
@@ -92,6 +93,11 @@ void bind_gpu(py::module_ module) {
                                             channels, static_cast<Reduction>(reduction),
                                             stats_out(out), reinterpret_cast<Moments*>(workspace));
              });
+  module.def("walk", [](uintptr_t parents, int64_t tokens, int64_t rows, uintptr_t out) {
+    const auto row = [&](int64_t i) { return reinterpret_cast<int32_t*>(out) + i * tokens; };
+    return walk(reinterpret_cast<const int64_t*>(parents), tokens, rows,
+                {row(0), row(1), row(2), row(3), row(4)});
+  });
 }
 
 #if defined(DLZO_CUDA)

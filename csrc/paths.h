@@ -26,4 +26,17 @@ struct Paths {
   Paths(const int64_t* parents, int64_t tokens);
 };
 
+// Trees in an order in which a token's descendants follow it: arrays of `tokens` numbers.
+struct Walk {
+  int32_t *token;   // at each place
+  int32_t *behind;  // the first place behind its descendants
+  int32_t *depth;   // how many tokens come before it in its sequence
+  int32_t *first;   // of each tile, its first place
+  int32_t *root;    // of each tile, the first place of its tree
+};
+
+// Fills in a walk; a tile is a run of at most `rows` places in one tree. Returns their number.
+// Throws as Paths does.
+int64_t walk(const int64_t* parents, int64_t tokens, int64_t rows, const Walk& out);
+
 }  // namespace dlzo

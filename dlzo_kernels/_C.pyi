@@ -104,6 +104,8 @@ class gpu:
         out: tuple[int, int, int, int, int],
         workspace: int,
     ) -> list[gpu.Launch]: ...
+    @staticmethod
+    def walk(parents: int, tokens: int, rows: int, out: int) -> int: ...
 
 class cuda:
     """The CUDA column, where it was built."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import dlzo_kernels as dk
 from bits import VIEWS, assert_same_bits, weights
 from dlzo_kernels.ops import _gpu
+from trees import assert_right, chain, inputs, tree
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,6 +112,36 @@ def test_statistics(dtype, per, shape):
     again = dk.activation_stats(x.cuda(), per=per)
     for first, second in zip(there, again, strict=True):
         assert torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 200), (5, 3)])
+@pytest.mark.parametrize(
+    "numbers", [{}, {"window": 9}, {"softcap": 3.0}, {"window": 40, "softcap": 0.5, "scale": 2.0}]
+)
+@pytest.mark.parametrize("parents", [chain, tree])
+def test_attention(dtype, sizes, numbers, parents):
+    tensors = inputs(300, sizes, (6, 2), dtype)
+    there = tuple(x.cuda() for x in tensors)
+    found = dk.tree_attention(*there, torch.tensor(parents(300)), **numbers)
+    # Weights are rounded to the dtype, and the tanh of a small number loses bits.
+    assert_right(found.cpu(), tensors, parents(300), slack=4, **numbers)
+    again = dk.tree_attention(*there, torch.tensor(parents(300)), **numbers)
+    assert torch.equal(again, found)
+
+
+def test_attention_of_a_tree_does_not_depend_on_others(dtype):
+    tensors = tuple(x.cuda() for x in inputs(200, (64, 64), (4, 2), dtype))
+    both = [*chain(77), -1, *range(77, 199)]
+    expected = dk.tree_attention(*(x[:, :, 77:] for x in tensors), torch.tensor(chain(123)))
+    tensors[2][:, :, :77] = torch.inf
+    found = dk.tree_attention(*tensors, torch.tensor(both))
+    assert torch.equal(found[:, :, 77:], expected)
+
+
+def test_attention_over_long_vectors_is_refused():
+    tensors = tuple(x.cuda() for x in inputs(3, (257, 8), (1, 1), torch.float32))
+    with pytest.raises(NotImplementedError, match="vectors have 257 and 8 elements"):
+        dk.tree_attention(*tensors, torch.tensor(chain(3)))
 
 
 def test_the_current_stream_is_used():

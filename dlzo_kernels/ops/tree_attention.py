@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
+from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
     LIBRARY,
     check_same_device,
@@ -16,6 +18,7 @@ from dlzo_kernels.ops._common import (
     pack,
     threads,
 )
+from dlzo_kernels.ops._triton import Plan, aligned, dtype_of, jit, launch, log2, tl
 
 LIBRARY.define(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor parents, float scale, "
@@ -23,6 +26,9 @@ LIBRARY.define(
 )
 
 _NO_WINDOW = 1 << 62
+_LONGEST = 256  # elements of a vector, on GPUs
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value and what is written
 
 
 def tree_attention(
@@ -35,22 +41,24 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(scale * q k) v of every token over the sequence that ends with it; forward, on CPUs.
+    """softmax(scale * q k) v of every token over the sequence that ends with it; forward only.
 
     The tokens of a row are those of any number of trees: a token's sequence is itself, its parent,
     the parent's parent and so on. Sequences that share a prefix share its tokens; trees do not see
     each other, and a token's result has the same bits whatever else is in the row, as long as its
-    own tree is finite. All sums run in float32; the bits depend on the ISA, but not on the number
-    of threads. Only pairs of tokens that see each other are computed, and memory grows with the
-    number of tokens, not with its square.
+    own tree is finite. All sums run in float32; the bits depend on ISA and GPU, but not on the
+    number of threads, nor from one call to the next. Pairs of tokens that do not see each other are
+    left out, on a GPU (a Triton kernel) tile by tile; memory grows with the number of tokens, not
+    with its square.
 
     Args:
         query: float32, bfloat16 or float16, of shape (batch, heads, tokens, head size).
         key: of shape (batch, key heads, tokens, head size); the number of heads is a multiple of
             that of key heads, and a key head serves heads that stand side by side.
         value: of shape (batch, key heads, tokens, value size).
-        parents: int64, of shape (tokens,), on the CPU: where the token before each lies in the row,
-            always before it; -1 for the first of a sequence. One row of numbers for all of a batch.
+        parents: int64, of shape (tokens,), always on the CPU: where the token before each lies in
+            the row, always before it; -1 for the first of a sequence. One row of numbers for all of
+            a batch.
         scale: of the scores; by default 1 / sqrt(head size).
         window: how many tokens of its sequence a token sees, itself among them; by default all.
         softcap: scores s become softcap * tanh(s / softcap); by default they stay.
@@ -60,10 +68,11 @@ def tree_attention(
         in memory in the order (batch, tokens, heads).
 
     Raises:
-        ValueError: shapes do not fit, a parent does not come before its token, a number is out of
-            range, or a gradient would be lost.
+        ValueError: shapes or devices do not fit, a parent does not come before its token, a number
+            is out of range, or a gradient would be lost.
         TypeError: dtypes differ, or are none of the three.
-        NotImplementedError: the tensors are not on the CPU.
+        NotImplementedError: there is no kernel for the device, or on a GPU for vectors of more than
+            256 elements.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(
@@ -94,23 +103,37 @@ def _tree_attention(
     if out.numel() == 0:
         return out
     query, key, value = map(_with_vectors, (query, key, value))
+    parents, window = parents.contiguous(), min(window, _NO_WINDOW)
+    if query.is_cuda:
+        _launch((query, key, value, out), parents, scale, window, softcap)
+        return out
     batch, heads, tokens, head_size = query.shape
     sizes = (batch, heads, key.shape[1], tokens, head_size, value.shape[-1])
     tensors = pack(query), pack(key), pack(value), pack(out)
-    parents = parents.contiguous()
-    numbers = (parents.data_ptr(), sizes, scale, min(window, _NO_WINDOW), softcap)
-    _C.tree_attention(*tensors, *numbers, threads())
+    _C.tree_attention(*tensors, parents.data_ptr(), sizes, scale, window, softcap, threads())
     return out
+
+
+def _launch(tensors: _Tensors, parents: Tensor, scale: float, window: int, softcap: float) -> None:
+    if reason := _gpu.why_not("triton"):
+        raise NotImplementedError(f"tree_attention is a Triton kernel on GPUs, and {reason}")
+    query, value = tensors[0], tensors[2]
+    if max(query.shape[-1], value.shape[-1]) > _LONGEST:
+        raise NotImplementedError(
+            f"vectors have {query.shape[-1]} and {value.shape[-1]} elements, and on GPUs "
+            f"tree_attention takes {_LONGEST} at most; use scaled_dot_product_attention"
+        )
+    tile = tile_for(query, value)
+    places, tile_count = walk(parents, tile)
+    places = places.pin_memory().to(query.device, non_blocking=True)
+    plan = triton_plan(tensors, places, tile_count, tile, scale, window, softcap)
+    launch([plan], query.device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, parents: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
-        if not tensor.is_cpu:
-            raise NotImplementedError(
-                f"{name} is on {tensor.device}, for which there is no kernel of tree_attention; "
-                "use scaled_dot_product_attention"
-            )
+        check_same_device(name, tensor, "query", query.device)
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; give (batch, heads, tokens, size)"
@@ -127,7 +150,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, parents: Tensor) -> None:
         raise ValueError(
             f"parents is {parents.dtype} of shape {tuple(parents.shape)}; give {tokens} int64"
         )
-    check_same_device("parents", parents, "query", query.device)
+    if not parents.is_cpu:
+        raise ValueError(f"parents is on {parents.device}; keep it on the CPU")
 
 
 def _check_numbers(scale: float, window: int, softcap: float) -> None:
@@ -154,4 +178,222 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return _empty_result(query, value)
 
 
-LIBRARY.impl("tree_attention", _tree_attention, "CPU")
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("tree_attention", _tree_attention, _key)
+
+
+# Triton. A program has a tile of tokens of one tree and one head, and goes through the tree's keys
+# (FlashAttention-2, arXiv 2307.08691). The tokens are taken in an order in which descendants follow
+# a token: a key at place j is seen from place i if j <= i < behind[j].
+
+
+class _Tile(NamedTuple):
+    """How many tokens a program has, how many keys it takes at a time, and its warps."""
+
+    rows: int
+    keys: int
+    warps: int
+
+
+# By bytes of a number and elements of a vector: large ones need the registers of more warps.
+_TILES = {
+    2: {64: _Tile(64, 64, 4), 128: _Tile(64, 64, 8), _LONGEST: _Tile(64, 32, 8)},
+    4: {64: _Tile(32, 32, 8), 128: _Tile(16, 32, 8), _LONGEST: _Tile(16, 16, 8)},
+}
+
+
+class _Vectors(NamedTuple):
+    """A tensor of vectors: its address, and the distances between them in elements."""
+
+    address: int
+    batch: int
+    head: int
+    token: int
+
+
+class _Walk(NamedTuple):
+    """Addresses of int32 numbers; see csrc/paths.h."""
+
+    token: int
+    behind: int
+    depth: int
+    first: int
+    root: int
+
+
+def tile_for(query: Tensor, value: Tensor) -> _Tile:
+    """The tile for vectors as long as these."""
+    tiles, longest = _TILES[query.itemsize], max(query.shape[-1], value.shape[-1])
+    return tiles[min(width for width in tiles if width >= longest)]
+
+
+def walk(parents: Tensor, tile: _Tile) -> tuple[Tensor, int]:
+    """The numbers of a _Walk, int32 of shape (5, tokens), and how many tiles there are.
+
+    Raises:
+        ValueError: a parent does not come before its token.
+    """
+    places = torch.empty(5, len(parents), dtype=torch.int32)
+    numbers = parents.data_ptr(), len(parents), tile.rows, places.data_ptr()
+    return places, _C.gpu.walk(*numbers)
+
+
+def triton_plan(
+    tensors: _Tensors,
+    places: Tensor,
+    tile_count: int,
+    tile: _Tile,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Plan:
+    """The launch that fills the last of the tensors; `places` are those of a walk."""
+    query, key, value, _ = tensors
+    batch, heads, tokens, head_size = query.shape
+    vectors = [_Vectors(x.data_ptr(), *x.stride()[:3]) for x in tensors]
+    # exp(s) = 2^(s / ln 2), and tanh(x) = 1 - 2 / (exp(2 x) + 1)
+    inner, outer = scale / math.log(2), softcap / math.log(2)
+    if softcap:
+        inner *= 2 / softcap
+    constants = {
+        "DTYPE": dtype_of(query.dtype),
+        "SIZE": head_size,
+        "WIDTH": _width(head_size),
+        "VALUE_SIZE": value.shape[-1],
+        "VALUE_WIDTH": _width(value.shape[-1]),
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "WINDOWED": window < tokens,
+        "CAPPED": softcap > 0,
+        "ALIGNED": all(x.address % 16 == 0 and not any(n % 8 for n in x[1:]) for x in vectors),
+        # Of float32; AMD has matrix instructions for it, NVIDIA makes it of three of tf32.
+        "PRECISION": "tf32x3" if torch.version.hip is None else "ieee",
+    }
+    sizes = tile_count, heads, heads // key.shape[1], min(window, tokens)
+    addresses = _Walk(*(row.data_ptr() for row in places))
+    arguments = (*vectors, addresses, *sizes, inner, outer)
+    return Plan(_attend, tile_count * batch * heads, arguments, constants, tile.warps)
+
+
+def _width(size: int) -> int:
+    """A power of two, and what a matrix instruction takes at least."""
+    return max(16, 1 << log2(size))
+
+
+@jit
+def _pointers(
+    x: _Vectors,
+    batch: tl.tensor,
+    head: tl.tensor,
+    token: tl.tensor,
+    DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
+    """To the elements of some tokens' vectors: shape (tokens, WIDTH)."""
+    if ALIGNED:
+        start = aligned(x.address, DTYPE) + (batch * (x.batch // 8) + head * (x.head // 8)) * 8
+        start += token.to(tl.int64) * (x.token // 8) * 8
+    else:
+        start = x.address.to(tl.pointer_type(DTYPE)) + batch * x.batch + head * x.head
+        start += token.to(tl.int64) * x.token
+    return start[:, None] + tl.arange(0, WIDTH)[None, :]
+
+
+@jit
+def _mask(inside: tl.tensor, SIZE: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
+    """Which of the elements there are."""
+    return inside[:, None] & (tl.arange(0, WIDTH) < SIZE)[None, :]
+
+
+@jit
+def _attend(
+    query: _Vectors,
+    key: _Vectors,
+    value: _Vectors,
+    out: _Vectors,
+    walk: _Walk,
+    tiles: tl.tensor,
+    heads: tl.tensor,
+    group: tl.tensor,
+    window: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """The results of one tile and head."""
+    program = tl.program_id(0).to(tl.int64)
+    tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
+    first = tl.load(walk.first.to(tl.pointer_type(tl.int32)) + tile)
+    root = tl.load(walk.root.to(tl.pointer_type(tl.int32)) + tile)
+    token_at = walk.token.to(tl.pointer_type(tl.int32))
+    behind_at = walk.behind.to(tl.pointer_type(tl.int32))
+    depth_at = walk.depth.to(tl.pointer_type(tl.int32))
+    last = tl.minimum(first + ROWS, tl.load(behind_at + root))
+
+    row = first + tl.arange(0, ROWS)
+    inside = row < last
+    token = tl.load(token_at + row, mask=inside, other=0)
+    q = tl.load(
+        _pointers(query, batch, head, token, DTYPE, WIDTH, ALIGNED),
+        mask=_mask(inside, SIZE, WIDTH),
+        other=0,
+    )
+    depth = tl.load(depth_at + row, mask=inside, other=0)
+    shallowest = tl.min(tl.where(inside, depth, 0x7FFFFFFF), 0)
+
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+    for start in range(root, last, KEYS):
+        at = start + tl.arange(0, KEYS)
+        there = at < last
+        behind = tl.load(behind_at + at, mask=there, other=0)
+        near = behind > first  # has a descendant in the tile, or lies in it
+        if WINDOWED:
+            key_depth = tl.load(depth_at + at, mask=there, other=0)
+            near = near & (key_depth + window > shallowest)
+        if tl.max(near.to(tl.int32), 0) > 0:
+            sees = (at[None, :] <= row[:, None]) & (behind[None, :] > row[:, None])
+            if WINDOWED:
+                sees = sees & (depth[:, None] < key_depth[None, :] + window)
+            token_there = tl.load(token_at + at, mask=there, other=0)
+            k = tl.load(
+                _pointers(key, batch, head // group, token_there, DTYPE, WIDTH, ALIGNED),
+                mask=_mask(there, SIZE, WIDTH),
+                other=0,
+            )
+            v = tl.load(
+                _pointers(value, batch, head // group, token_there, DTYPE, VALUE_WIDTH, ALIGNED),
+                mask=_mask(there, VALUE_SIZE, VALUE_WIDTH),
+                other=0,
+            )
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inner
+            if CAPPED:
+                scores = outer - outer * 2 / (tl.exp2(scores) + 1)
+            scores = tl.where(sees, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, 1))
+            # Where nothing was seen so far, nothing is subtracted: infinities would give a NaN.
+            pivot = tl.where(larger == float("-inf"), 0.0, larger)
+            weights = tl.exp2(scores - pivot[:, None])
+            kept = tl.exp2(largest - pivot)
+            total = total * kept + tl.sum(weights, 1)
+            sums = sums * kept[:, None]
+            sums += tl.dot(weights.to(DTYPE), v, input_precision=PRECISION)
+            largest = larger
+    result = (sums / tl.where(inside, total, 1.0)[:, None]).to(DTYPE)
+    tl.store(
+        _pointers(out, batch, head, token, DTYPE, VALUE_WIDTH, ALIGNED),
+        result,
+        mask=_mask(inside, VALUE_SIZE, VALUE_WIDTH),
+    )

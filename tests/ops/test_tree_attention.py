@@ -9,51 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bits import assert_same_bits
-from dlzo_kernels import reference, tree_attention
+from dlzo_kernels import tree_attention
+from trees import assert_right, chain, inputs, tree
 
-# Of a result, in units of the largest value: rounding of the result, and float32 sums.
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 PER_ISA = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-def inputs(
-    tokens: int, sizes: tuple[int, int], heads: tuple[int, int], dtype: torch.dtype, batch: int = 2
-) -> tuple[torch.Tensor, ...]:
-    """Query, key and value as a model makes them: the heads of a token side by side."""
-    generator = torch.Generator().manual_seed(tokens)
-    (size, value_size), (of_query, of_key) = sizes, heads
-    shapes = (of_query, size), (of_key, size), (of_key, value_size)
-    return tuple(
-        torch.randn(batch, tokens, *shape, generator=generator).to(dtype).transpose(1, 2)
-        for shape in shapes
-    )
-
-
-def chain(tokens: int) -> list[int]:
-    return list(range(-1, tokens - 1))
-
-
-def tree(tokens: int) -> list[int]:
-    """Runs of several lengths that branch off earlier tokens, now and then a new root."""
-    parents = chain(tokens)
-    for i, start in enumerate(range(3, tokens, 7)):
-        parents[start] = -1 if i % 4 == 3 else start * i % start
-    return parents
-
-
-def assert_right(q, k, v, parents, *, scale=None, window=None, softcap=None, slack=1) -> None:
-    got = tree_attention(
-        q, k, v, torch.tensor(parents), scale=scale, window=window, softcap=softcap
-    )
-    seen = reference.visible_tokens(parents, window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    exact = (x.double().numpy() for x in (q, k, v))
-    expected = torch.from_numpy(reference.tree_attention(*exact, seen, scale, softcap))
-    assert got.dtype == q.dtype and got.shape == expected.shape
-    distance = (got.double() - expected).abs().max().item()
-    assert distance <= slack * BOUNDS[q.dtype] * v.abs().max().item()
+def check(q, k, v, parents, *, slack=1, **numbers) -> None:
+    got = tree_attention(q, k, v, torch.tensor(parents), **numbers)
+    assert_right(got, (q, k, v), parents, slack=slack, **numbers)
 
 
 @pytest.mark.parametrize("parents", [chain, tree])
@@ -70,35 +36,35 @@ def assert_right(q, k, v, parents, *, scale=None, window=None, softcap=None, sla
     ],
 )
 def test_against_float64(isa, dtype, tokens, sizes, heads, parents):
-    assert_right(*inputs(tokens, sizes, heads, dtype), parents(tokens))
+    check(*inputs(tokens, sizes, heads, dtype), parents(tokens))
 
 
 @pytest.mark.parametrize("tokens", [*range(1, 35), 47, 48, 49, 63, 64, 65])
 def test_every_tail(isa, tokens):
-    assert_right(*inputs(tokens, (tokens, 2 * tokens), (1, 1), torch.float32), chain(tokens))
+    check(*inputs(tokens, (tokens, 2 * tokens), (1, 1), torch.float32), chain(tokens))
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 1000])
 @pytest.mark.parametrize("parents", [chain, tree])
 def test_a_window(isa, window, parents):
-    assert_right(*inputs(70, (24, 24), (4, 2), torch.float32), parents(70), window=window)
+    check(*inputs(70, (24, 24), (4, 2), torch.float32), parents(70), window=window)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_a_soft_cap(isa, softcap):
-    assert_right(*inputs(45, (24, 24), (4, 2), torch.float32), tree(45), softcap=softcap, scale=2.0)
+    check(*inputs(45, (24, 24), (4, 2), torch.float32), tree(45), softcap=softcap, scale=2.0)
 
 
 @PER_ISA
 @given(data=st.data(), tokens=st.integers(1, 60), window=st.none() | st.integers(1, 60))
 def test_any_tree(isa, data, tokens, window):
     parents = [data.draw(st.integers(-1, i - 1)) for i in range(tokens)]
-    assert_right(*inputs(tokens, (12, 20), (3, 1), torch.float32), parents, window=window)
+    check(*inputs(tokens, (12, 20), (3, 1), torch.float32), parents, window=window)
 
 
 def test_scores_far_apart(isa):
     q, k, v = inputs(30, (16, 16), (2, 2), torch.float32)
-    assert_right(1000 * q, k, v, chain(30), slack=1000)  # scores carry their own rounding
+    check(1000 * q, k, v, chain(30), slack=1000)  # scores carry their own rounding
     v[:, :, 10:] = 1e36
     got = tree_attention(q, k, v, torch.tensor(chain(30)))
     assert got[:, :, :10].abs().max() < 10 and got.isfinite().all()
@@ -185,6 +151,16 @@ def test_inputs_are_left_alone():
         (lambda a: a | {"parents": a["parents"].int()}, ValueError, "parents is torch.int32"),
         (lambda a: a | {"parents": a["parents"] + 1}, ValueError, "the parent of token 0 is 0"),
         (lambda a: a | {"parents": a["parents"] - 1}, ValueError, "the parent of token 0 is -2"),
+        (
+            lambda a: a | {"key": a["key"].to("meta")},
+            NotImplementedError,
+            "key is on meta, for which there is no kernel",
+        ),
+        (
+            lambda a: a | {"parents": a["parents"].to("meta")},
+            ValueError,
+            "parents is on meta; keep it on the CPU",
+        ),
         (lambda a: a | {"window": 0}, ValueError, "window must be at least 1 token, not 0"),
         (lambda a: a | {"softcap": -1.0}, ValueError, "softcap must be positive and finite"),
         (lambda a: a | {"scale": float("nan")}, ValueError, "scale must be finite, not nan"),

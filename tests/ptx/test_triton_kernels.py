@@ -30,7 +30,7 @@ from dlzo_kernels import _C
 from dlzo_kernels.ops import _triton
 from dlzo_kernels.ops._triton import Plan
 from ptx import lint
-from ptx.compile import missing, sass
+from ptx.compile import missing, resources, sass
 from ptx.triton_ptx import (
     BF16,
     DTYPES,
@@ -95,6 +95,21 @@ def test_compiles_for_every_target(target):
         else:
             assert asm["cubin"]
             assert lint.inexact(asm["ptx"]) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["tree_attention_bfloat16_128", "tree_attention_float32_64"])
+def test_attention_compiles_for_every_target(name, target):
+    plan = dict(every_kernel())[name]
+    if target == "gfx942":
+        plan = plan._replace(constants={**plan.constants, "PRECISION": "ieee"})
+        assert compile_plan(plan, target).asm["hsaco"]
+        return
+    asm = compile_plan(plan, target).asm
+    assert re.search(r"\b(mma\.sync|wgmma|tcgen05\.mma)", asm["ptx"])
+    assert "ld.global.v4" in asm["ptx"]  # 16 bytes at a time
+    (used,) = resources(asm["cubin"]).values()
+    assert used.spills == 0
 
 
 @pytest.mark.skipif(missing("nvdisasm") is not None, reason=str(missing("nvdisasm")))
@@ -473,12 +488,61 @@ for dtype in (torch.float32, torch.float16):
 """
 
 
-def test_the_interpreter_agrees(tmp_path):
+INTERPRETED_ATTENTION = """
+import itertools, torch
+from bits import assert_same_bits
+from ptx.triton_ptx import attention
+from trees import assert_right, chain, inputs, tree
+
+def run(tensors, parents, **numbers):
+    plan, out, _places = attention(*tensors, parents, **numbers)
+    plan.kernel[plan.grid, 1, 1](*plan.arguments, **plan.constants)
+    return out
+
+cases = [
+    (chain, 65, (64, 64), (9, 3), {}),
+    (tree, 150, (16, 16), (2, 1), {}),
+    (tree, 33, (80, 24), (2, 2), {}),
+    (tree, 70, (5, 3), (3, 1), {"window": 9}),
+    (chain, 130, (8, 8), (1, 1), {"window": 1}),
+    (chain, 200, (8, 8), (1, 1), {"window": 2}),
+    (tree, 40, (100, 200), (2, 1), {"softcap": 3.0}),
+    (tree, 150, (24, 24), (4, 2), {"softcap": 0.5, "window": 11, "scale": 2.0}),
+    (chain, 1, (8, 8), (1, 1), {}),
+]
+for dtype, (grow, tokens, sizes, heads, numbers) in itertools.product(
+    (torch.float32, torch.float16), cases
+):
+    numbers = {"scale": 0.3, **numbers}
+    tensors = inputs(tokens, sizes, heads, dtype)
+    assert_right(run(tensors, grow(tokens), **numbers), tensors, grow(tokens), **numbers)
+
+# Tokens in any order, views, and other trees that are not finite.
+q, k, v = tensors = inputs(90, (16, 16), (4, 2), torch.float32)
+both = [*chain(37), -1, *range(37, 89)]
+expected = run(tensors, both)
+mixed = [i for pair in zip(range(37), range(37, 74)) for i in pair] + [*range(74, 90)]
+back = {token: place for place, token in enumerate(mixed)}
+parents = [back[both[token]] if both[token] >= 0 else -1 for token in mixed]
+got = run(tuple(x[:, :, mixed] for x in tensors), parents)
+assert_same_bits(got, expected[:, :, mixed].contiguous())
+apart = [torch.full((2, 4, 90, 33), torch.nan)[..., 3:19].copy_(q),
+         *(torch.full((2, 2, 90, 17), torch.nan)[..., 1:].copy_(x) for x in (k, v))]
+assert_same_bits(run(apart, both), expected)
+k[:, :, :37], v[:, :, :37] = torch.nan, torch.inf
+got = run(tensors, both)
+assert got[:, :, :37].isnan().all()
+assert_same_bits(got[:, :, 37:].contiguous(), expected[:, :, 37:].contiguous())
+"""
+
+
+@pytest.mark.parametrize("code", [INTERPRETED, INTERPRETED_ATTENTION], ids=["noise", "attention"])
+def test_the_interpreter_agrees(tmp_path, code):
     tests = str(Path(__file__).parents[1])
     path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
+        [sys.executable, "-c", code],
         env=environment,
         cwd=tmp_path,  # Python would find the source in the project's folder
         capture_output=True,

@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from dlzo_kernels.ops._parts import Directions, Part
 from dlzo_kernels.ops._triton import Plan, compile_for, type_of
 from ptx.device import Device, kernel
 from ptx.machine import launch
+from trees import chain, inputs
 
-gaussian, perturb, accumulate, activation_stats = (
+gaussian, perturb, accumulate, activation_stats, tree_attention = (
     importlib.import_module(f"dlzo_kernels.ops.{op}")
-    for op in ("gaussian", "perturb", "accumulate", "activation_stats")
+    for op in ("gaussian", "perturb", "accumulate", "activation_stats", "tree_attention")
 )
 
 # From Ampere to consumer Blackwell, and AMD's CDNA 3.
@@ -31,7 +34,7 @@ PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # out a
 
 
 def every_kernel() -> Iterator[tuple[str, Plan]]:
-    """A launch of each kernel over a layer, by the name that it has in the CUDA column."""
+    """A launch of each kernel, by the name that it has in the CUDA column where it is there too."""
     parts = [
         Part(64, 64, 1, 20_480, 0, 1, 0, 1, offset=0, row_stride=0, stream=i) for i in range(7)
     ]
@@ -54,6 +57,29 @@ def every_kernel() -> Iterator[tuple[str, Plan]]:
         for suffix, directions in (("", one), ("_indirect", there)):
             for plan in perturb.triton_plans(parts, *pair, directions):
                 yield f"perturb_{name}{suffix}", plan
+    for dtype, size in product(DTYPES, (64, 128, 256)):
+        name = str(dtype).removeprefix("torch.")
+        tensors = inputs(40, (size, size), (4, 2), dtype)
+        yield f"tree_attention_{name}_{size}", attention(*tensors, chain(40))[0]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parents: list[int],
+    *,
+    scale: float = 0.125,
+    window: int = 1 << 62,
+    softcap: float = 0.0,
+) -> tuple[Plan, Tensor, Tensor]:
+    """A launch, what it will write, and numbers to keep until it is done."""
+    out = torch.full((*query.shape[:3], value.shape[-1]), torch.nan, dtype=query.dtype)
+    tile = tree_attention.tile_for(query, value)
+    places, count = tree_attention.walk(torch.tensor(parents), tile)
+    tensors = query, key, value, out
+    numbers = scale, window, softcap
+    return tree_attention.triton_plan(tensors, places, count, tile, *numbers), out, places
 
 
 def compile_plan(plan: Plan, target: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from dlzo.scoring.layout import Tree
-from dlzo_kernels import tree_attention
+from dlzo_kernels import backends, tree_attention
 
 NAME = "dlzo_tree"
 # What an attention may be called with beyond this module's own parameters without another result.
@@ -88,12 +89,22 @@ def attention_within_trees(
         raise UnsupportedAttentionError(", ".join(unknown) or "attention_mask")
     row = _row.get()
     terms = {"scale": scaling, "window": sliding_window, "softcap": softcap}
-    if value.is_cpu and value.dtype in _KERNEL_DTYPES:
+    if _has_kernel(value):
         # Under autocast, what was rotated is in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         out = tree_attention(query, key, value, row.parents, **terms)
         return out.transpose(1, 2), None
     return _tree_by_tree(query, key, value, row.trees, **terms), None
+
+
+def _has_kernel(value: Tensor) -> bool:
+    on_device = value.is_cpu or (value.is_cuda and _triton_runs())
+    return on_device and value.dtype in _KERNEL_DTYPES
+
+
+@cache
+def _triton_runs() -> bool:
+    return any(backend.runs for backend in backends() if backend.name == "triton")
 
 
 def _tree_by_tree(
