@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,7 +48,7 @@ SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc"
 ALL = (*SHORT, *LONG)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
 SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, (3e-4, 1e-3, 3e-3), (0, 1)
-RATE_LAYERS = (11, 17, 21, 25, 29)
+RATE_LAYERS = {"sst2": (11, 17, 21, 25, 29)}  # of other tasks the dominant one
 # Of one layer. At the default, 1e-3, bfloat16 drowns the losses' difference for a layer such as 5,
 # and the sweep would show that (docs/numerics.md).
 EPS = 1e-2
@@ -239,13 +240,13 @@ def sweep_config(task: str, **settings: Any) -> TrainConfig:
 
 
 def rates(bench: Bench, task: str) -> list[dict[str, Any]]:
-    """What lr "auto" finds for some layers, beside the rate of the sweep with the lowest loss."""
+    """What lr "auto" finds for some layers, beside the rate of a grid with the lowest loss."""
     table = []
-    for layer in RATE_LAYERS:
+    for layer in RATE_LAYERS.get(task, (LAYER,)):
         found = bench.search(sweep_config(task, layer=layer))
+        lrs = CANDIDATES["dominant"].lrs if layer == LAYER else SWEEP_LRS
         runs = [
-            bench.run("dominant", sweep_config(task, layer=layer, lr=lr), test=False)
-            for lr in SWEEP_LRS
+            bench.run("dominant", sweep_config(task, layer=layer, lr=lr), test=False) for lr in lrs
         ]
         if found is None or None in runs:
             continue
@@ -299,7 +300,9 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
 
 
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
-    tasks = list(dict.fromkeys(row["task"] for row in table))
+    cells = dict.fromkeys((row["task"], row["layer"]) for row in table)
+    layers = Counter(task for task, _ in cells)
+    tasks = [task for task in layers if layers[task] > 1]
     figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
     for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
         rows = [row for row in table if row["task"] == task]

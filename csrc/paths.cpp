@@ -11,8 +11,7 @@ int64_t parent_of(const int64_t* parents, int64_t token) {
   const int64_t parent = parents[token];
   if (parent < -1 || parent >= token)
     throw std::invalid_argument("the parent of token " + std::to_string(token) + " is " +
-                                std::to_string(parent) +
-                                "; give an earlier token, or -1 for none");
+                                std::to_string(parent) + "; give an earlier token, or -1 for none");
   return parent;
 }
 

@@ -28,11 +28,11 @@ struct Paths {
 
 // Trees in an order in which a token's descendants follow it: arrays of `tokens` numbers.
 struct Walk {
-  int32_t *token;   // at each place
-  int32_t *behind;  // the first place behind its descendants
-  int32_t *depth;   // how many tokens come before it in its sequence
-  int32_t *first;   // of each tile, its first place
-  int32_t *root;    // of each tile, the first place of its tree
+  int32_t* token;   // at each place
+  int32_t* behind;  // the first place behind its descendants
+  int32_t* depth;   // how many tokens come before it in its sequence
+  int32_t* first;   // of each tile, its first place
+  int32_t* root;    // of each tile, the first place of its tree
 };
 
 // Fills in a walk; a tile is a run of at most `rows` places in one tree. Returns their number.

@@ -114,6 +114,14 @@ def test_statistics(dtype, per, shape):
         assert torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
+@pytest.fixture
+def triton_column(column: str) -> None:
+    """Attention has no other."""
+    if column != "triton":
+        pytest.skip("tree_attention has no CUDA kernel")
+
+
+@pytest.mark.usefixtures("triton_column")
 @pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 200), (5, 3)])
 @pytest.mark.parametrize(
     "numbers", [{}, {"window": 9}, {"softcap": 3.0}, {"window": 40, "softcap": 0.5, "scale": 2.0}]
@@ -129,19 +137,46 @@ def test_attention(dtype, sizes, numbers, parents):
     assert torch.equal(again, found)
 
 
-def test_attention_of_a_tree_does_not_depend_on_others(dtype):
+@pytest.mark.usefixtures("triton_column")
+@pytest.mark.parametrize("window", [None, 150])
+def test_attention_of_a_tree_does_not_depend_on_others(dtype, window):
     tensors = tuple(x.cuda() for x in inputs(200, (64, 64), (4, 2), dtype))
     both = [*chain(77), -1, *range(77, 199)]
-    expected = dk.tree_attention(*(x[:, :, 77:] for x in tensors), torch.tensor(chain(123)))
-    tensors[2][:, :, :77] = torch.inf
-    found = dk.tree_attention(*tensors, torch.tensor(both))
+    alone = (x[:, :, 77:].clone() for x in tensors)
+    expected = dk.tree_attention(*alone, torch.tensor(chain(123)), window=window)
+    tensors[1][:, :, :77], tensors[2][:, :, :77] = torch.nan, torch.inf
+    found = dk.tree_attention(*tensors, torch.tensor(both), window=window)
     assert torch.equal(found[:, :, 77:], expected)
 
 
-def test_attention_over_long_vectors_is_refused():
-    tensors = tuple(x.cuda() for x in inputs(3, (257, 8), (1, 1), torch.float32))
+@pytest.mark.usefixtures("triton_column")
+def test_attention_on_the_current_stream():
+    tensors, parents = inputs(500, (64, 64), (4, 2), torch.bfloat16), torch.tensor(tree(500))
+    there = tuple(x.cuda() for x in tensors)
+    expected = dk.tree_attention(*there, parents)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        query = torch.zeros_like(there[0])
+        torch.cuda._sleep(10_000_000)
+        query.copy_(there[0])
+        found = dk.tree_attention(query, *there[1:], parents)
+        noise = [torch.randn(5, 500, device="cuda") for _ in range(9)]  # where places lay
+    stream.synchronize()
+    assert torch.equal(found, expected) and len(noise) == 9
+
+
+@pytest.mark.usefixtures("triton_column")
+def test_attention_refuses_what_it_has_not():
+    tensors, parents = tuple(x.cuda() for x in inputs(3, (257, 8), (1, 1), torch.float32)), chain(3)
     with pytest.raises(NotImplementedError, match="vectors have 257 and 8 elements"):
-        dk.tree_attention(*tensors, torch.tensor(chain(3)))
+        dk.tree_attention(*tensors, torch.tensor(parents))
+    short = tuple(x[..., :8] for x in tensors)
+    with (
+        pytest.raises(RuntimeError, match="leave it out of the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        dk.tree_attention(*short, torch.tensor(parents))
 
 
 def test_the_current_stream_is_used():

@@ -22,11 +22,12 @@ from dlzo_kernels.ops._triton import Plan, aligned, dtype_of, jit, launch, log2,
 
 LIBRARY.define(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor parents, float scale, "
-    "int window, float softcap) -> Tensor"
+    "int window, float softcap) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 _NO_WINDOW = 1 << 62
-_LONGEST = 256  # elements of a vector, on GPUs
+LONGEST_ON_GPU = 256  # elements of a vector
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value and what is written
 
@@ -73,6 +74,7 @@ def tree_attention(
         TypeError: dtypes differ, or are none of the three.
         NotImplementedError: there is no kernel for the device, or on a GPU for vectors of more than
             256 elements.
+        RuntimeError: a CUDA graph is captured.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(
@@ -118,10 +120,15 @@ def _launch(tensors: _Tensors, parents: Tensor, scale: float, window: int, softc
     if reason := _gpu.why_not("triton"):
         raise NotImplementedError(f"tree_attention is a Triton kernel on GPUs, and {reason}")
     query, value = tensors[0], tensors[2]
-    if max(query.shape[-1], value.shape[-1]) > _LONGEST:
+    if max(query.shape[-1], value.shape[-1]) > LONGEST_ON_GPU:
         raise NotImplementedError(
             f"vectors have {query.shape[-1]} and {value.shape[-1]} elements, and on GPUs "
-            f"tree_attention takes {_LONGEST} at most; use scaled_dot_product_attention"
+            f"tree_attention takes {LONGEST_ON_GPU} at most; use scaled_dot_product_attention"
+        )
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "tree_attention copies numbers from the host, which a CUDA graph would not repeat: "
+            "leave it out of the capture"
         )
     tile = tile_for(query, value)
     places, tile_count = walk(parents, tile)
@@ -197,8 +204,8 @@ class _Tile(NamedTuple):
 
 # By bytes of a number and elements of a vector: large ones need the registers of more warps.
 _TILES = {
-    2: {64: _Tile(64, 64, 4), 128: _Tile(64, 64, 8), _LONGEST: _Tile(64, 32, 8)},
-    4: {64: _Tile(32, 32, 8), 128: _Tile(16, 32, 8), _LONGEST: _Tile(16, 16, 8)},
+    2: {64: _Tile(64, 64, 4), 128: _Tile(64, 64, 8), LONGEST_ON_GPU: _Tile(64, 32, 8)},
+    4: {64: _Tile(32, 32, 8), 128: _Tile(16, 32, 8), LONGEST_ON_GPU: _Tile(16, 16, 8)},
 }
 
 
@@ -233,7 +240,7 @@ def walk(parents: Tensor, tile: _Tile) -> tuple[Tensor, int]:
     Raises:
         ValueError: a parent does not come before its token.
     """
-    places = torch.empty(5, len(parents), dtype=torch.int32)
+    places = torch.empty(5, len(parents), dtype=torch.int32, device="cpu")
     numbers = parents.data_ptr(), len(parents), tile.rows, places.data_ptr()
     return places, _C.gpu.walk(*numbers)
 
@@ -263,7 +270,8 @@ def triton_plan(
         "VALUE_WIDTH": _width(value.shape[-1]),
         "ROWS": tile.rows,
         "KEYS": tile.keys,
-        "WINDOWED": window < tokens,
+        # Not by the number of tokens: other trees in the row would choose other code.
+        "WINDOWED": window < _NO_WINDOW,
         "CAPPED": softcap > 0,
         "ALIGNED": all(x.address % 16 == 0 and not any(n % 8 for n in x[1:]) for x in vectors),
         # Of float32; AMD has matrix instructions for it, NVIDIA makes it of three of tf32.
@@ -272,7 +280,8 @@ def triton_plan(
     sizes = tile_count, heads, heads // key.shape[1], min(window, tokens)
     addresses = _Walk(*(row.data_ptr() for row in places))
     arguments = (*vectors, addresses, *sizes, inner, outer)
-    return Plan(_attend, tile_count * batch * heads, arguments, constants, tile.warps)
+    programs = tile_count * batch * heads
+    return Plan(_attend, programs, arguments, constants, tile.warps, exact=False)
 
 
 def _width(size: int) -> int:

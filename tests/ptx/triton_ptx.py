@@ -85,14 +85,19 @@ def attention(
 def compile_plan(plan: Plan, target: str) -> Any:
     """The kernel of a plan for one of TARGETS: a triton CompiledKernel."""
     types, constants = tuple(map(type_of, plan.arguments)), tuple(plan.constants.items())
-    return _compiled(plan.kernel, types, constants, plan.num_warps, target)
+    return _compiled(plan.kernel, types, constants, plan.num_warps, plan.exact, target)
 
 
 @functools.cache
 def _compiled(
-    function: Any, types: tuple[Any, ...], constants: tuple[Any, ...], num_warps: int, target: str
+    function: Any,
+    types: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    num_warps: int,
+    exact: bool,
+    target: str,
 ) -> Any:
-    return compile_for(TARGETS[target], function, types, dict(constants), num_warps)
+    return compile_for(TARGETS[target], function, types, dict(constants), num_warps, exact)
 
 
 class TritonDevice(Device):

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dlzo.scoring.layout import Tree
 from dlzo_kernels import backends, tree_attention
+from dlzo_kernels.ops.tree_attention import LONGEST_ON_GPU
 
 NAME = "dlzo_tree"
 # What an attention may be called with beyond this module's own parameters without another result.
@@ -60,7 +61,7 @@ def _parents(trees: Sequence[Tree]) -> Tensor:
     for tree in trees:
         start = len(parents)
         parents += [start + parent if parent >= 0 else -1 for parent in tree.parents]
-    return torch.tensor(parents)
+    return torch.tensor(parents, device="cpu")
 
 
 def attention_within_trees(
@@ -89,7 +90,7 @@ def attention_within_trees(
         raise UnsupportedAttentionError(", ".join(unknown) or "attention_mask")
     row = _row.get()
     terms = {"scale": scaling, "window": sliding_window, "softcap": softcap}
-    if _has_kernel(value):
+    if _has_kernel(query, value):
         # Under autocast, what was rotated is in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         out = tree_attention(query, key, value, row.parents, **terms)
@@ -97,9 +98,10 @@ def attention_within_trees(
     return _tree_by_tree(query, key, value, row.trees, **terms), None
 
 
-def _has_kernel(value: Tensor) -> bool:
-    on_device = value.is_cpu or (value.is_cuda and _triton_runs())
-    return on_device and value.dtype in _KERNEL_DTYPES
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    longest = max(query.shape[-1], value.shape[-1])
+    on_gpu = value.is_cuda and longest <= LONGEST_ON_GPU and _triton_runs()
+    return (value.is_cpu or on_gpu) and value.dtype in _KERNEL_DTYPES
 
 
 @cache
