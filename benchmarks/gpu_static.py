@@ -55,7 +55,7 @@ REGISTERS = {
         "sum_columns": 96,
     },
 }
-SPILLS = {"cuda": 0, "triton": 8, "tree_attention_float32_256": 320}  # bytes
+SPILLS = {"cuda": 0, "triton": 8, "tree_attention_float32_256": 288}  # bytes
 
 
 @dataclass(frozen=True)
