@@ -208,7 +208,8 @@ def draw(table: list[dict[str, object]]) -> None:
         values = [float(str(row[f"mezo_over_{name}"])) for row in rows]
         bars = axes.bar([place + shift for place in places], values, 0.38, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.axhline(PAPER, color="tab:red", lw=1, label=f"best published: {PAPER} (COPA, LLaMA2-7B)")
+    label = f"best published: {PAPER} (COPA, LLaMA2-7B)"
+    axes.axhline(PAPER, color="tab:red", lw=1, zorder=0, label=label)
     axes.set_xticks(places, [str(row["task"]) for row in rows])
     axes.set_ylabel("times faster than MeZO's step")
     axes.set_title(
