@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -300,9 +299,8 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
 
 
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
-    cells = dict.fromkeys((row["task"], row["layer"]) for row in table)
-    layers = Counter(task for task, _ in cells)
-    tasks = [task for task in layers if layers[task] > 1]
+    layers = {task: {row["layer"] for row in table if row["task"] == task} for task in ALL}
+    tasks = [task for task in ALL if len(layers[task]) > 1]
     figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
     for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
         rows = [row for row in table if row["task"] == task]

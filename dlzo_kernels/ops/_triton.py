@@ -108,8 +108,9 @@ def compile_for(
 def _check_assembler(arch: int) -> None:
     # Older ones fuse packed products and sums, in spite of .rn and --fmad=false.
     get_ptxas = triton.backends.nvidia.compiler.get_ptxas
-    # Older versions of Triton have one for all.
-    version = get_ptxas(*[arch][: len(signature(get_ptxas).parameters)]).version
+    # Older versions of Triton have one for all architectures.
+    tool = get_ptxas(arch) if signature(get_ptxas).parameters else get_ptxas()
+    version = tool.version
     if tuple(map(int, version.split("."))) < (13, 4):
         raise RuntimeError(
             f"the ptxas {version} that Triton uses for sm_{arch} changes the bits of the noise; "

@@ -11,6 +11,7 @@ from torch import Tensor
 from dlzo_kernels import _C
 from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
+    DTYPE_CODES,
     LIBRARY,
     check_same_device,
     check_tensor,
@@ -18,7 +19,7 @@ from dlzo_kernels.ops._common import (
     pack,
     threads,
 )
-from dlzo_kernels.ops._triton import Plan, aligned, dtype_of, jit, launch, log2, tl
+from dlzo_kernels.ops._triton import Plan, aligned, available, dtype_of, jit, launch, log2, tl
 
 LIBRARY.define(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor parents, float scale, "
@@ -27,7 +28,7 @@ LIBRARY.define(
 )
 
 _NO_WINDOW = 1 << 62
-LONGEST_ON_GPU = 256  # elements of a vector
+_LONGEST_ON_GPU = 256  # elements of a vector
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value and what is written
 
@@ -90,6 +91,13 @@ def tree_attention(
     return torch.ops.dlzo.tree_attention(*arguments)
 
 
+def has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether tree_attention takes tensors of such devices, dtypes and sizes."""
+    longest = max(query.shape[-1], value.shape[-1])
+    on_gpu = value.is_cuda and available() and longest <= _LONGEST_ON_GPU
+    return (value.is_cpu or on_gpu) and value.dtype in DTYPE_CODES
+
+
 def _tree_attention(
     query: Tensor,
     key: Tensor,
@@ -117,13 +125,14 @@ def _tree_attention(
 
 
 def _launch(tensors: _Tensors, parents: Tensor, scale: float, window: int, softcap: float) -> None:
-    if reason := _gpu.why_not("triton"):
+    if not available():
+        reason = _gpu.why_not("triton")
         raise NotImplementedError(f"tree_attention is a Triton kernel on GPUs, and {reason}")
     query, value = tensors[0], tensors[2]
-    if max(query.shape[-1], value.shape[-1]) > LONGEST_ON_GPU:
+    if max(query.shape[-1], value.shape[-1]) > _LONGEST_ON_GPU:
         raise NotImplementedError(
             f"vectors have {query.shape[-1]} and {value.shape[-1]} elements, and on GPUs "
-            f"tree_attention takes {LONGEST_ON_GPU} at most; use scaled_dot_product_attention"
+            f"tree_attention takes {_LONGEST_ON_GPU} at most; use scaled_dot_product_attention"
         )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -204,8 +213,8 @@ class _Tile(NamedTuple):
 
 # By bytes of a number and elements of a vector: large ones need the registers of more warps.
 _TILES = {
-    2: {64: _Tile(64, 64, 4), 128: _Tile(64, 64, 8), LONGEST_ON_GPU: _Tile(64, 32, 8)},
-    4: {64: _Tile(32, 32, 8), 128: _Tile(16, 32, 8), LONGEST_ON_GPU: _Tile(16, 16, 8)},
+    2: {64: _Tile(64, 64, 4), 128: _Tile(64, 64, 8), _LONGEST_ON_GPU: _Tile(64, 32, 8)},
+    4: {64: _Tile(32, 32, 8), 128: _Tile(16, 32, 8), _LONGEST_ON_GPU: _Tile(16, 16, 8)},
 }
 
 

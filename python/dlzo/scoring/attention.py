@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from dlzo.scoring.layout import Tree
-from dlzo_kernels import backends, tree_attention
-from dlzo_kernels.ops.tree_attention import LONGEST_ON_GPU
+from dlzo_kernels import tree_attention
+from dlzo_kernels.ops.tree_attention import has_kernel
 
 NAME = "dlzo_tree"
 # What an attention may be called with beyond this module's own parameters without another result.
 _WITHOUT_EFFECT = {"is_causal", "output_attentions", "position_ids", "use_cache"}
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnsupportedAttentionError(Exception):
@@ -90,23 +88,12 @@ def attention_within_trees(
         raise UnsupportedAttentionError(", ".join(unknown) or "attention_mask")
     row = _row.get()
     terms = {"scale": scaling, "window": sliding_window, "softcap": softcap}
-    if _has_kernel(query, value):
+    if has_kernel(query, value):
         # Under autocast, what was rotated is in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         out = tree_attention(query, key, value, row.parents, **terms)
         return out.transpose(1, 2), None
     return _tree_by_tree(query, key, value, row.trees, **terms), None
-
-
-def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    longest = max(query.shape[-1], value.shape[-1])
-    on_gpu = value.is_cuda and longest <= LONGEST_ON_GPU and _triton_runs()
-    return (value.is_cpu or on_gpu) and value.dtype in _KERNEL_DTYPES
-
-
-@cache
-def _triton_runs() -> bool:
-    return any(backend.runs for backend in backends() if backend.name == "triton")
 
 
 def _tree_by_tree(
