@@ -164,17 +164,34 @@ def test_what_each_architecture_allows():
         model = tiny_model(family)
         layer = decoder_layers(model)[1]
         scorer = Scorer(model, byte_tokenizer(), layer, cache=PrefixCache(1 << 20))
-        found = (scorer.trees_problem, scorer.states_problem, scorer.cache_problem)
+        found = (
+            scorer.mlp_problem,
+            scorer.trees_problem,
+            scorer.states_problem,
+            scorer.cache_problem,
+        )
         problems[family] = [problem is not None for problem in found]
     # Bloom takes no attention from outside, and its biases are made for one batch size.
-    assert problems.pop("bloom") == [True, True, False]
-    assert all(found == [False, False, False] for found in problems.values())
+    assert problems.pop("bloom") == [False, True, True, False]
+    # OPT keeps the matrices of its MLP in the layer itself.
+    assert problems.pop("opt") == [True, False, False, False]
+    assert not any(any(found) for found in problems.values())
 
 
 def test_a_leak_that_could_pass_for_rounding_is_noticed(monkeypatch):
     monkeypatch.setattr(Scorer, "_problem", lambda *_: None)
     scorer = Scorer(tiny_model("bloom"), byte_tokenizer())
     assert "see each other" in scorer.trees_problem
+
+
+def test_an_mlp_that_mixes_tokens_is_noticed(monkeypatch):
+    model = tiny_model()
+    mlp = model.model.layers[-1].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda hidden: forward(hidden.roll(1, dims=1)))
+    scorer = Scorer(model, byte_tokenizer())
+    assert "would score otherwise" in scorer.mlp_problem
+    assert "MLP at all positions" in scorer.plan(scorer.encode(EXAMPLES)).explain()
 
 
 def test_a_mask_that_is_no_window_is_noticed(monkeypatch):
@@ -229,6 +246,24 @@ def test_head_sees_the_scored_positions_only():
     # One token each, so the common normaliser and with it all other logits can be left out.
     scorer.losses(scorer.plan(batch))
     assert seen == [(1, 3, model.config.vocab_size), (1, 3, 2)]
+
+
+@pytest.mark.parametrize("layer_index", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_the_last_mlp_sees_the_scored_positions_only(family, dtype, layer_index):
+    model, tokenizer = tiny_model(family, dtype), byte_tokenizer()
+    layers = decoder_layers(model)
+    scorer = Scorer(model, tokenizer, layers[layer_index])
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    inside = next(m for m in layers[-1].mlp.modules() if isinstance(m, torch.nn.Linear))
+    seen = []
+    inside.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    scorer.losses(plan, Shift(layers[layer_index]).states)
+    multiple = 16 if dtype == torch.bfloat16 else 1
+    read = sum(len(r.row) + -len(r.row) % multiple for r in plan.readouts)
+    assert sum(seen) == 3 * read
+    assert read < plan.positions
 
 
 def test_a_plan_serves_many_steps():

@@ -65,6 +65,31 @@ def under_states(
     return replaced_forward(layer, under_each)
 
 
+def only_at(
+    module: nn.Module, rows: int, row: Tensor, column: Tensor, multiple_of: int
+) -> AbstractContextManager[None]:
+    """Makes `module`, which maps each position by itself, compute some, and give zeros elsewhere.
+
+    Args:
+        module: Maps tensors of shape (states * rows, length, hidden size) to one such tensor.
+        rows: The rows of one state.
+        row: int64, of each position that is computed, its row under one state.
+        column: int64, its place in the row.
+        multiple_of: How many are computed is a multiple of this; some are then computed twice.
+    """
+    forward = module.forward
+    filled = torch.arange(len(row) + -len(row) % multiple_of) % len(row)
+
+    def at_some(*inputs: Tensor) -> Tensor:
+        chosen = (x.unflatten(0, (-1, rows))[:, row[filled], column[filled]] for x in inputs)
+        computed = forward(*chosen)[:, : len(row)]
+        outputs = computed.new_zeros(*inputs[0].shape[:-1], computed.shape[-1])
+        outputs.unflatten(0, (-1, rows))[:, row, column] = computed
+        return outputs
+
+    return replaced_forward(module, at_some)
+
+
 def stopped_at(layer: nn.Module) -> AbstractContextManager[None]:
     """Makes `layer` raise ReachedLayerError with its input."""
 

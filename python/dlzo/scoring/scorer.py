@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers
+from dlzo.models import decoder_layers, layer_parts
 from dlzo.scoring.attention import UnsupportedAttentionError, attend_within
 from dlzo.scoring.encoding import EncodedExample, Option, check_tokenizer, encode, max_length
 from dlzo.scoring.forward import (
     ReachedLayerError,
     State,
+    only_at,
     passed_by,
     replaced_forward,
     stopped_at,
@@ -122,7 +123,8 @@ class Scorer:
     shared prefixes, with no padding; else in rows of their own, padded on the right, where a causal
     model never sees the padding. What lies below the tuned layer, or the lowest of several, runs
     once for all states, or comes from a cache; what lies above a single one runs on all states side
-    by side. What an architecture allows is found by scoring a few tokens both ways.
+    by side, the last layer's MLP at the positions that are read. What an architecture allows is
+    found by scoring a few tokens both ways.
 
     Args:
         model: Any decoder-only transformers model; it is set to evaluation mode.
@@ -152,12 +154,14 @@ class Scorer:
         self.row_tokens = row_tokens
         self.max_length = max_length(model)
         self.cache: PrefixCache | None = None
+        self.mlp_problem: str | None = None
         self.trees_problem: str | None = None
         self.states_problem: str | None = None
         self.cache_problem: str | None = "no cache was given"
         self._turn = _turns.setdefault(model, threading.RLock())
         self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
         self._head = model.get_output_embeddings()
+        self._last_mlp: nn.Module | None = None
         self._takes_input = False
         self._frozen = FrozenWeights(model, self.layer)
         self._below: dict[nn.Module, tuple[None, ...] | None] = {}
@@ -251,17 +255,24 @@ class Scorer:
 
     def _lay_out(self, sequences: set[Tokens]) -> Iterator[Pack]:
         if self.trees_problem is None:
-            # For each length of a row in 16 bits, torch compiles a kernel on CPUs, and keeps it.
-            multiple = 16 if self.model.dtype.itemsize == 2 else 1
             trees = grow_trees(sequences, self._hidden_size)
-            return pack_trees(trees, self.row_tokens, multiple)
+            return pack_trees(trees, self.row_tokens, self._length_multiple)
         return pad_rows(sequences, self.row_tokens)
+
+    @property
+    def _length_multiple(self) -> int:
+        # For each number of rows of a 16-bit matrix, torch compiles a kernel on CPUs, and keeps it.
+        return 16 if self.model.dtype.itemsize == 2 else 1
 
     def _notes(self, cached: int) -> Iterator[str]:
         if self.trees_problem is None:
             yield "packed without padding, shared prefixes once"
         else:
             yield f"padded on the right, nothing shared: {self.trees_problem}"
+        if self.mlp_problem is None:
+            yield "the last layer's MLP at the positions that are read"
+        else:
+            yield f"the last layer's MLP at all positions: {self.mlp_problem}"
         if self.layer is None:
             return
         if self.states_problem is None:
@@ -342,6 +353,10 @@ class Scorer:
         state_count = max(1, len(states))
         with ExitStack() as stack:
             stack.enter_context(self._head_at(pack, readout, state_count, vocabulary, restricted))
+            if self._last_mlp is not None:
+                rows, multiple = len(pack.inputs["input_ids"]), self._length_multiple
+                places = readout.row, readout.column
+                stack.enter_context(only_at(self._last_mlp, rows, *places, multiple))
             if states or hidden is not None:
                 stack.enter_context(under_states(self.layer, states or [nullcontext], hidden))
             if hidden is not None:
@@ -430,6 +445,7 @@ class Scorer:
         batch = _two_options(first, second)
         plain = _plan(batch, pad_rows((first, second), row_tokens=1))
         expected = self._scores(plain, (), normalised=True)
+        self.mlp_problem = self._find_last_mlp(plain, expected)
         best = _plan(batch, self._lay_out({first, second}))
         self.trees_problem = self._problem(best, (), expected) or self._leak()
         if self.layer is None:
@@ -444,6 +460,21 @@ class Scorer:
             self._takes_input = problem is None
             self.cache = cache if problem is None else None
             self.cache_problem = problem if cache is not None else self.cache_problem
+
+    def _find_last_mlp(self, plan: Plan, expected: Tensor) -> str | None:
+        """Why the last layer's MLP cannot be left out where nothing is read; None if it can."""
+        try:
+            last = decoder_layers(self.model)[-1]
+            names = layer_parts(last)["mlp"]
+        except UserError as error:
+            return str(error)
+        if len(names) > 1:
+            return f"{type(last).__name__} has it in parts ({', '.join(names)})"
+        self._last_mlp = last.get_submodule(names[0])
+        problem = self._problem(plan, (), expected)
+        if problem is not None:
+            self._last_mlp = None
+        return problem
 
     def _leak(self) -> str | None:
         """Whether a tree sees another one: then its bits change with the other's."""
