@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from tables import append, find, write_rows
+from tables import append, find, read_rows, write_rows
 
 from dlzo.config import TrainConfig
 from dlzo.evaluation import Evaluation, evaluate
@@ -42,7 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUNS, CURVES = RESULTS / "quality_runs.csv", RESULTS / "quality_curves.csv"
 SEARCHES, RATES = RESULTS / "quality_searches.csv", RESULTS / "quality_rates.csv"
 SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
-SWEEP_FIGURE = ROOT / "docs" / "sweep.png"
+SWEEP_FIGURE, METHODS_FIGURE = ROOT / "docs" / "sweep.png", ROOT / "docs" / "methods.png"
 SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
 ALL = (*SHORT, *LONG)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
@@ -298,6 +298,36 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
     }
 
 
+def draw_methods(table: Sequence[dict[str, Any]]) -> None:
+    """Validation, the mean over seeds, against the time that the steps took."""
+    tuned = [row for row in table if row["lr"]]
+    tasks = list(dict.fromkeys(row["task"] for row in tuned))
+    figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+        for row in tuned:
+            if row["task"] != task:
+                continue
+            points = mean_curve(row)
+            seconds = [step * row["step_ms"] / 1e3 for step in points]
+            axes.plot(seconds, list(points.values()), "o-", ms=4, label=row["method"])
+        axes.set(xlabel="seconds of steps, one thread", ylabel="validation accuracy")
+        axes.set_title(f"{task}, SmolLM2-135M-Instruct, equal steps for all methods", loc="left")
+        axes.legend(frameon=False, ncols=2)
+        tidy(axes)
+    figure.savefig(METHODS_FIGURE, dpi=120)
+
+
+def mean_curve(row: dict[str, Any]) -> dict[int, float]:
+    """Validation accuracy by step of a row of the table, the mean over its seeds."""
+    accuracies: dict[int, list[float]] = {}
+    for point in read_rows(CURVES):
+        if all(point[name] == row[name] for name in ("task", "method", "lr", "steps")):
+            accuracies.setdefault(int(point["step"]), []).append(
+                float(point["validation_accuracy"])
+            )
+    return {step: mean(values) for step, values in sorted(accuracies.items())}
+
+
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
     layers = {task: {row["layer"] for row in table if row["task"] == task} for task in ALL}
     tasks = [task for task in ALL if len(layers[task]) > 1]
@@ -341,6 +371,8 @@ def main() -> None:
     write_rows(path, table)
     if study is sweep:
         draw_sweep(table)
+    elif study is methods:
+        draw_methods(table)
     for row in table:
         print(*row.values(), sep="\t")
 
