@@ -266,6 +266,21 @@ def test_the_last_mlp_sees_the_scored_positions_only(family, dtype, layer_index)
     assert read < plan.positions
 
 
+def test_padded_rows_of_several_states_side_by_side(monkeypatch):
+    monkeypatch.setattr(Scorer, "_leak", lambda _: "padded rows are tested")
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    layer = decoder_layers(model)[1]
+    scorer = Scorer(model, tokenizer, layer, row_tokens=150)
+    assert (scorer.states_problem, scorer.mlp_problem) == (None, None)
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    assert max(len(pack.inputs["input_ids"]) for pack in plan.packs) > 1
+    states = Shift(layer).states
+    losses = scorer.losses(plan, states)
+    for loss, state in zip(losses, states, strict=True):
+        with state():
+            assert loss == pytest.approx(plain_loss(model, tokenizer, EXAMPLES), abs=1e-5)
+
+
 def test_a_plan_serves_many_steps():
     model, tokenizer = tiny_model(), byte_tokenizer()
     layer = decoder_layers(model)[1]
