@@ -11,7 +11,6 @@ in results/profile.csv.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import wraps
@@ -73,9 +72,7 @@ def profiled(step: Step) -> tuple[dict[str, float], float]:
             stack.enter_context(patch.object(module, function, recorded))
         settings = {"activities": [ProfilerActivity.CPU], "with_flops": True}
         run = stack.enter_context(profile(**settings, record_shapes=True))
-        started = time.perf_counter()
-        step()
-        whole = 1e3 * (time.perf_counter() - started)
+        whole = milliseconds(step)
     by_kind: dict[str, float] = {}
     operations = 0.0
     for event in run.key_averages():

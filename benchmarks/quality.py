@@ -300,14 +300,14 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
 
 def draw_methods(table: Sequence[dict[str, Any]]) -> None:
     """Validation, the mean over seeds, against the time that the steps took."""
-    tuned = [row for row in table if row["lr"]]
+    tuned, curves = [row for row in table if row["lr"]], read_rows(CURVES)
     tasks = list(dict.fromkeys(row["task"] for row in tuned))
     figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
     for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
         for row in tuned:
             if row["task"] != task:
                 continue
-            points = mean_curve(row)
+            points = mean_curve(curves, row)
             seconds = [step * row["step_ms"] / 1e3 for step in points]
             axes.plot(seconds, list(points.values()), "o-", ms=4, label=row["method"])
         axes.set(xlabel="seconds of steps, one thread", ylabel="validation accuracy")
@@ -317,10 +317,10 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
     figure.savefig(METHODS_FIGURE, dpi=120)
 
 
-def mean_curve(row: dict[str, Any]) -> dict[int, float]:
+def mean_curve(curves: Iterable[dict[str, str]], row: dict[str, Any]) -> dict[int, float]:
     """Validation accuracy by step of a row of the table, the mean over its seeds."""
     accuracies: dict[int, list[float]] = {}
-    for point in read_rows(CURVES):
+    for point in curves:
         if all(point[name] == row[name] for name in ("task", "method", "lr", "steps")):
             accuracies.setdefault(int(point["step"]), []).append(
                 float(point["validation_accuracy"])
