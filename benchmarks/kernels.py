@@ -178,7 +178,7 @@ def bench_noise(results: Results, limits: Limits) -> None:
     for name in names:
         cycles = clock * median(times[name]) / LAYER
         more: dict[str, object] = {"cycles": f"{cycles:.2f}", "ghz": f"{clock / 1e9:.2f}"}
-        if name == "avx512":
+        if name.startswith("avx512"):
             bound = INSTRUCTIONS_PER_NORMAL / INSTRUCTIONS_PER_CYCLE
             more["share_of_issue_limit"] = f"{bound / cycles:.2f}"
         more["speedup"] = ratio(times, "torch normal_", name)

@@ -135,6 +135,11 @@ char* vector_at(const View& view, int64_t batch, int64_t head, int64_t token) {
   return view.data + at * size_of(view.dtype);
 }
 
+Vectors vectors_of(const View& view, int64_t batch, int64_t head, const Run& run) {
+  return {vector_at(view, batch, head, run.begin), view.strides[2] * size_of(view.dtype),
+          run.end - run.begin, view.dtype};
+}
+
 struct Free {
   void operator()(float* floats) const { operator delete[](floats, std::align_val_t{64}); }
 };
@@ -145,7 +150,7 @@ Floats floats(int64_t count) {
   return Floats(new (std::align_val_t{64}) float[static_cast<size_t>(count)]);
 }
 
-// The keys and values of all heads in float32, as attend() reads them.
+// The keys and values of all heads, as attend() reads them.
 class PackedKeys {
  public:
   PackedKeys(const View& key, const View& value, const AttentionSizes& sizes, const Paths& paths,
@@ -167,17 +172,12 @@ class PackedKeys {
 
  private:
   void pack(const View& key, const View& value, int64_t head, const Run& run) {
-    const Kernels& isa = kernels();
     const int64_t b = head / sizes_.key_heads, h = head % sizes_.key_heads;
-    float* panels = keys_.get() + head * slots_ * sizes_.head_size;
-    float* rows = values_.get() + head * slots_ * value_size_;
-    for (int64_t token = run.begin; token < run.end; token++) {
-      const int64_t slot = run.slot(token), lane = slot % kPanel;
-      isa.pack_key(panels + (slot - lane) * sizes_.head_size + lane, vector_at(key, b, h, token),
-                   key.dtype, sizes_.head_size);
-      isa.pack_value(rows + slot * value_size_, vector_at(value, b, h, token), value.dtype,
-                     sizes_.value_size);
-    }
+    const int64_t slot = head * slots_ + run.path.back().slot;
+    kernels().pack_keys(keys_.get() + slot * sizes_.head_size, vectors_of(key, b, h, run),
+                        sizes_.head_size);
+    kernels().pack_values(values_.get() + slot * value_size_, vectors_of(value, b, h, run),
+                          sizes_.value_size);
   }
 
   int64_t slots_;

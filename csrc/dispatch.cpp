@@ -10,15 +10,16 @@ struct Entry {
   const Kernels* kernels;
 };
 
-#define DLZO_TABLE(isa)                                                                         \
-  static const Kernels isa##_kernels = {isa::gaussian,   isa::perturb,         isa::round_into, \
-                                        isa::moments,    isa::channel_moments, isa::pack_key,   \
-                                        isa::pack_value, isa::attend};
+#define DLZO_TABLE(isa)                                                                          \
+  static const Kernels isa##_kernels = {isa::gaussian,    isa::perturb,         isa::round_into, \
+                                        isa::moments,     isa::channel_moments, isa::pack_keys,  \
+                                        isa::pack_values, isa::attend};
 
 DLZO_TABLE(baseline)
 #if defined(__x86_64__)
 DLZO_TABLE(avx2)
 DLZO_TABLE(avx512)
+DLZO_TABLE(avx512bf16)
 #endif
 #undef DLZO_TABLE
 
@@ -32,13 +33,16 @@ std::vector<Entry> probe() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512cd") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   const char* lacks = "this processor lacks it";
-  return {{{"avx512", true, has_avx512, has_avx512 ? "" : lacks}, &avx512_kernels},
+  return {{{"avx512bf16", true, has_bf16, has_bf16 ? "" : lacks}, &avx512bf16_kernels},
+          {{"avx512", true, has_avx512, has_avx512 ? "" : lacks}, &avx512_kernels},
           {{"avx2", true, has_avx2, has_avx2 ? "" : lacks}, &avx2_kernels},
           baseline};
 #else
   const char* foreign = "an x86-64 instruction set; this build is for another architecture";
-  return {{{"avx512", false, false, foreign}, nullptr},
+  return {{{"avx512bf16", false, false, foreign}, nullptr},
+          {{"avx512", false, false, foreign}, nullptr},
           {{"avx2", false, false, foreign}, nullptr},
           baseline};
 #endif

@@ -27,8 +27,17 @@ struct Piece {
   int64_t slot, count, position;
 };
 
+// Vectors of consecutive tokens, `step` bytes apart.
+struct Vectors {
+  const char* first;
+  int64_t step, count;
+  DType dtype;
+  const char* at(int64_t i) const { return first + i * step; }
+};
+
 // What a run of queries attends to. Packed keys lie in panels: of each kPanel slots the first
-// channels, then the second ones, ...; packed values in rows of padded(value_size).
+// channels, then the second ones, ...; packed values in rows of padded(value_size). A number takes
+// a float's place, or a pair of numbers does.
 struct Attention {
   const float *keys, *values;
   const Piece* path;
@@ -51,8 +60,8 @@ struct Kernels {
   Moments (*moments)(const char* x, DType dtype, int64_t count);
   void (*channel_moments)(const char* x, DType dtype, int64_t rows, int64_t step, int channels,
                           Moments* result);
-  void (*pack_key)(float* column, const char* key, DType dtype, int64_t size);
-  void (*pack_value)(float* row, const char* value, DType dtype, int64_t size);
+  void (*pack_keys)(float* keys, const Vectors& of, int64_t size);
+  void (*pack_values)(float* values, const Vectors& of, int64_t size);
   void (*attend)(const Attention& attention, const Row* rows, int count, float* scratch);
 };
 
@@ -63,13 +72,14 @@ struct Kernels {
   void round_into(char*, DType, const char*, int64_t);                                 \
   Moments moments(const char*, DType, int64_t);                                        \
   void channel_moments(const char*, DType, int64_t, int64_t, int, Moments*);           \
-  void pack_key(float*, const char*, DType, int64_t);                                  \
-  void pack_value(float*, const char*, DType, int64_t);                                \
+  void pack_keys(float*, const Vectors&, int64_t);                                     \
+  void pack_values(float*, const Vectors&, int64_t);                                   \
   void attend(const Attention&, const Row*, int, float*);                              \
   }
 DLZO_DECLARE_ISA(baseline)
 DLZO_DECLARE_ISA(avx2)
 DLZO_DECLARE_ISA(avx512)
+DLZO_DECLARE_ISA(avx512bf16)
 #undef DLZO_DECLARE_ISA
 
 }  // namespace dlzo

@@ -13,7 +13,6 @@ struct Run {
   std::vector<Piece> path;  // the run itself comes last
 
   int64_t position(int64_t token) const { return path.back().position + token - begin; }
-  int64_t slot(int64_t token) const { return path.back().slot + token - begin; }
 };
 
 struct Paths {

@@ -1,14 +1,17 @@
-// tree_attention: softmax(q k scale) v of rows of queries, over the keys on their paths, in
-// float32.
+// tree_attention: softmax(q k scale) v of rows of queries, over the keys on their paths, with sums
+// in float32.
 //
 // Keys lie in panels of kPanel, transposed: one product of a few rows with panels of columns gives
 // both the scores and their sum over the values. A tile of rows reads each key and value once.
+// Where the ISA multiplies pairs of bfloat16, two channels of a key share a float's place, and so
+// do the values of two tokens.
 //
 //   error    of a weight's logarithm: (head size + 8) 2^-24 of the sum of the score's absolute
-//            terms, and 2^-22; sums of values run in the order of the path
+//            terms, and 2^-22; of a weight in pairs: 2^-9 of it
 //   work     2 (head size + value size) operations and one exp for each pair of query and key
 //
-// The order of sums depends on the ISA's lanes only, never on what lies beside a path.
+// The order of sums depends on the ISA, and on the pieces that a path is cut into where others
+// branch off; never on other trees.
 #include "kernels.h"
 
 namespace dlzo::DLZO_ISA {
@@ -16,8 +19,26 @@ namespace dlzo::DLZO_ISA {
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // side by side, with kRows sums in registers
 constexpr int kPerPanel = kPanel / kLanes;
 
-// a * b + c, with one rounding where the ISA has it.
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+DLZO_INLINE bool in_pairs(DType dtype) { return kPairs && dtype == DType::kBFloat16; }
+
+// How many floats' places `count` numbers take.
+template <bool pairs>
+DLZO_INLINE int64_t places(int64_t count) {
+  return pairs ? (count + 1) / 2 : count;
+}
+
+// a * b + c, with one rounding where the ISA has it; of pairs the sum of both products.
+template <bool pairs = false>
 DLZO_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+#if defined(__AVX512BF16__)
+  if (pairs) return (F32)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
 #if defined(__x86_64__) && !defined(__FMA__)
   return a * b + c;
 #else
@@ -36,7 +57,7 @@ struct Panels {
 };
 
 // c += a b for kRows rows of a and `vectors` vectors of b's columns, from vector `first` on.
-template <int vectors>
+template <bool pairs, int vectors>
 static void multiply(float* c, int64_t c_step, const float* a, int64_t a_step, const Panels& b,
                      int64_t first, int64_t depth) {
   F32 sums[kRows][vectors];
@@ -50,7 +71,8 @@ static void multiply(float* c, int64_t c_step, const float* a, int64_t a_step, c
     for (int n = 0; n < vectors; n++) column[n] = load<F32>(columns[n] + k * b.row_step);
     for (int m = 0; m < kRows; m++) {
       const F32 row = splat(a[m * a_step + k]);
-      for (int n = 0; n < vectors; n++) sums[m][n] = multiply_add(row, column[n], sums[m][n]);
+      for (int n = 0; n < vectors; n++)
+        sums[m][n] = multiply_add<pairs>(row, column[n], sums[m][n]);
     }
   }
   for (int m = 0; m < kRows; m++)
@@ -58,14 +80,15 @@ static void multiply(float* c, int64_t c_step, const float* a, int64_t a_step, c
 }
 
 // The same for all `columns`, a multiple of kPanel.
+template <bool pairs>
 static void multiply_all(float* c, int64_t c_step, const float* a, int64_t a_step, const Panels& b,
                          int64_t columns, int64_t depth) {
   const int64_t count = columns / kLanes;
   int64_t i = 0;
   for (; i + kVectors <= count; i += kVectors)
-    multiply<kVectors>(c, c_step, a, a_step, b, i, depth);
-  for (; i + 2 <= count; i += 2) multiply<2>(c, c_step, a, a_step, b, i, depth);
-  for (; i < count; i++) multiply<1>(c, c_step, a, a_step, b, i, depth);
+    multiply<pairs, kVectors>(c, c_step, a, a_step, b, i, depth);
+  for (; i + 2 <= count; i += 2) multiply<pairs, 2>(c, c_step, a, a_step, b, i, depth);
+  for (; i < count; i++) multiply<pairs, 1>(c, c_step, a, a_step, b, i, depth);
 }
 
 // exp(x) for x <= 0 within 2 ulp, and 0 below -87.
@@ -105,7 +128,17 @@ DLZO_INLINE float reduce(F32 vector, Join join) {
   return lanes[0];
 }
 
-// Turns a row of scores into exp(score - largest); returns their sum.
+// Weights, or pairs of them in half the places.
+template <bool pairs>
+DLZO_INLINE void store_weights(float* to, F32 weights) {
+#if defined(__AVX512BF16__)
+  if (pairs) return store(to, _mm512_cvtneps_pbh((__m512)weights));
+#endif
+  store(to, weights);
+}
+
+// Turns a row of scores into exp(score - largest), or into pairs of such; returns their sum.
+template <bool pairs>
 static float exponentials(float* scores, int64_t count) {
   F32 largest = load<F32>(scores), sum = {};
   for (int64_t i = kLanes; i < count; i += kLanes) {
@@ -115,7 +148,7 @@ static float exponentials(float* scores, int64_t count) {
   const float most = reduce(largest, [](float a, float b) { return a > b ? a : b; });
   for (int64_t i = 0; i < count; i += kLanes) {
     const F32 weight = exponential(load<F32>(scores + i) - most);
-    store(scores + i, weight);
+    store_weights<pairs>(scores + places<pairs>(i), weight);
     sum += weight;
   }
   return reduce(sum, [](float a, float b) { return a + b; });
@@ -149,18 +182,56 @@ static void narrow(char* out, DType dtype, const float* x, int64_t count, float 
   narrow_as<DType::kFloat32>(out, x, count, factor);
 }
 
-void pack_key(float* column, const char* key, DType dtype, int64_t size) {
+// A key's channels, or pairs of them, as a column of its panel.
+template <bool pairs>
+static void pack_key(float* column, const char* key, DType dtype, int64_t size) {
   constexpr int64_t kStep = 2 * kLanes;
-  float values[kStep];
-  for (int64_t first = 0; first < size; first += kStep) {
-    const int64_t count = size - first < kStep ? size - first : kStep;
-    widen(key + first * size_of(dtype), dtype, count, values);
-    for (int64_t i = 0; i < count; i++) column[(first + i) * kPanel] = values[i];
+  if constexpr (pairs) {
+    for (int64_t i = 0; i < size; i += 2) {
+      uint32_t pair = 0;
+      memcpy(&pair, key + 2 * i, i + 1 < size ? 4 : 2);
+      memcpy(column + i / 2 * kPanel, &pair, 4);
+    }
+  } else {
+    float values[kStep];
+    for (int64_t first = 0; first < size; first += kStep) {
+      const int64_t count = size - first < kStep ? size - first : kStep;
+      widen(key + first * size_of(dtype), dtype, count, values);
+      for (int64_t i = 0; i < count; i++) column[(first + i) * kPanel] = values[i];
+    }
   }
 }
 
-void pack_value(float* row, const char* value, DType dtype, int64_t size) {
-  widen(value, dtype, size, row);
+template <bool pairs>
+static void pack_keys_as(float* keys, const Vectors& of, int64_t size) {
+  for (int64_t i = 0; i < of.count; i++)
+    pack_key<pairs>(keys + i / kPanel * kPanel * places<pairs>(size) + i % kPanel, of.at(i),
+                    of.dtype, size);
+}
+
+void pack_keys(float* keys, const Vectors& of, int64_t size) {
+  if (in_pairs(of.dtype)) return pack_keys_as<kPairs>(keys, of, size);
+  pack_keys_as<false>(keys, of, size);
+}
+
+// Puts bfloat16 numbers into one half of each pair, the first before the second.
+static void put_halves(float* pairs, const char* x, int64_t count, bool second) {
+  for (int64_t i = 0; i < count; i++) {
+    uint16_t half;
+    uint32_t pair = 0;
+    memcpy(&half, x + 2 * i, 2);
+    if (second) memcpy(&pair, pairs + i, 4);
+    pair |= (uint32_t)half << (second ? 16 : 0);
+    memcpy(pairs + i, &pair, 4);
+  }
+}
+
+void pack_values(float* values, const Vectors& of, int64_t size) {
+  const bool pairs = in_pairs(of.dtype);
+  const int64_t step = padded(size);
+  for (int64_t i = 0; i < of.count; i++)
+    if (pairs) put_halves(values + i / 2 * step, of.at(i), size, i % 2);
+    else widen(of.at(i), of.dtype, size, values + i * step);
 }
 
 // The part of a piece that some row of a tile sees: keys [begin, end) of it, `begin` in whole
@@ -197,8 +268,10 @@ static void hide(float* scores, const Piece& piece, Part part, int64_t position,
   for (int64_t i = end; i < columns; i++) scores[i] = -__builtin_inff();
 }
 
-void attend(const Attention& a, const Row* rows, int count, float* scratch) {
-  const int64_t size = a.head_size, query_size = padded(size), value_size = padded(a.value_size);
+template <bool pairs>
+static void attend_as(const Attention& a, const Row* rows, int count, float* scratch) {
+  const int64_t size = a.head_size, depth = places<pairs>(size);
+  const int64_t query_size = padded(size), value_size = padded(a.value_size);
   float* query = scratch;
   float* sums = query + kRows * query_size;
   float* scores = sums + kRows * value_size;
@@ -206,27 +279,34 @@ void attend(const Attention& a, const Row* rows, int count, float* scratch) {
   memset(scratch, 0, (size_t)(kRows * (query_size + value_size + columns)) * sizeof(float));
   for (int m = 0; m < count; m++) {
     float* row = query + m * query_size;
-    widen(rows[m].query, a.dtype, size, row);
-    for (int64_t i = 0; i < query_size; i++) row[i] *= a.scale;
+    if (pairs) memcpy(row, rows[m].query, (size_t)size * 2);
+    else widen(rows[m].query, a.dtype, size, row);
   }
   for_each_part(a, rows, count, [&](const Piece& piece, Part part, int64_t column) {
-    const Panels keys = {a.keys + (piece.slot + part.begin) * size, kPanel * size, kPanel};
-    multiply_all(scores + column, columns, query, query_size, keys, part.columns(), size);
+    const Panels keys = {a.keys + piece.slot * size + part.begin * depth, kPanel * depth, kPanel};
+    multiply_all<pairs>(scores + column, columns, query, query_size, keys, part.columns(), depth);
     for (int m = 0; m < count; m++) {
       float* row = scores + m * columns + column;
+      for (int64_t i = 0; i < part.columns(); i++) row[i] *= a.scale;
       if (a.softcap > 0) soft_cap(row, part.columns(), a.softcap);
       hide(row, piece, part, rows[m].position, a.window);
     }
   });
   float totals[kRows];
-  for (int m = 0; m < count; m++) totals[m] = exponentials(scores + m * columns, columns);
+  for (int m = 0; m < count; m++) totals[m] = exponentials<pairs>(scores + m * columns, columns);
   for_each_part(a, rows, count, [&](const Piece& piece, Part part, int64_t column) {
-    const Panels values = {a.values + (piece.slot + part.begin) * value_size, kPanel, value_size};
-    multiply_all(sums, value_size, scores + column, columns, values, value_size,
-                 part.end - part.begin);
+    const float* first = a.values + (piece.slot + places<pairs>(part.begin)) * value_size;
+    multiply_all<pairs>(sums, value_size, scores + places<pairs>(column), columns,
+                        {first, kPanel, value_size}, value_size,
+                        places<pairs>(part.end - part.begin));
   });
   for (int m = 0; m < count; m++)
     narrow(rows[m].out, a.dtype, sums + m * value_size, a.value_size, 1.0f / totals[m]);
+}
+
+void attend(const Attention& a, const Row* rows, int count, float* scratch) {
+  if (in_pairs(a.dtype)) return attend_as<kPairs>(a, rows, count, scratch);
+  attend_as<false>(a, rows, count, scratch);
 }
 
 }  // namespace dlzo::DLZO_ISA

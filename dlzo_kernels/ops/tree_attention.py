@@ -47,11 +47,12 @@ def tree_attention(
 
     The tokens of a row are those of any number of trees: a token's sequence is itself, its parent,
     the parent's parent and so on. Sequences that share a prefix share its tokens; trees do not see
-    each other, and a token's result has the same bits whatever else is in the row, as long as its
-    own tree is finite. All sums run in float32; the bits depend on ISA and GPU, but not on the
-    number of threads, nor from one call to the next. Pairs of tokens that do not see each other are
-    left out, on a GPU (a Triton kernel) tile by tile; memory grows with the number of tokens, not
-    with its square.
+    each other, and a token's result has the same bits whatever other trees are in the row, as long
+    as its own is finite. All sums run in float32, over weights that are rounded to the dtype on
+    a GPU, and where the ISA is avx512bf16 to bfloat16; the bits depend on ISA and GPU, but not on
+    the number of threads, nor from one call to the next. Pairs of tokens that do not see each other
+    are left out, on a GPU (a Triton kernel) tile by tile; memory grows with the number of tokens,
+    not with its square.
 
     Args:
         query: float32, bfloat16 or float16, of shape (batch, heads, tokens, head size).

@@ -12,6 +12,9 @@ from bits import assert_same_bits
 from dlzo_kernels import tree_attention
 from trees import assert_right, chain, inputs, tree
 
+# Kernels may multiply these in ways of their own: numbers one by one, and in pairs.
+both_products = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
 PER_ISA = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -40,26 +43,36 @@ def test_against_float64(isa, dtype, tokens, sizes, heads, parents):
 
 
 @pytest.mark.parametrize("tokens", [*range(1, 35), 47, 48, 49, 63, 64, 65])
-def test_every_tail(isa, tokens):
-    check(*inputs(tokens, (tokens, 2 * tokens), (1, 1), torch.float32), chain(tokens))
+@both_products
+def test_every_tail(isa, dtype, tokens):
+    check(*inputs(tokens, (tokens, 2 * tokens), (1, 1), dtype), chain(tokens))
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 1000])
 @pytest.mark.parametrize("parents", [chain, tree])
-def test_a_window(isa, window, parents):
-    check(*inputs(70, (24, 24), (4, 2), torch.float32), parents(70), window=window)
+@both_products
+def test_a_window(isa, dtype, window, parents):
+    check(*inputs(70, (24, 24), (4, 2), dtype), parents(70), window=window)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
-def test_a_soft_cap(isa, softcap):
-    check(*inputs(45, (24, 24), (4, 2), torch.float32), tree(45), softcap=softcap, scale=2.0)
+@both_products
+def test_a_soft_cap(isa, dtype, softcap):
+    check(*inputs(45, (24, 24), (4, 2), dtype), tree(45), softcap=softcap, scale=2.0)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@both_products
+def test_any_scale(isa, dtype, scale):
+    check(*inputs(45, (24, 24), (4, 2), dtype), tree(45), scale=scale)
 
 
 @PER_ISA
 @given(data=st.data(), tokens=st.integers(1, 60), window=st.none() | st.integers(1, 60))
-def test_any_tree(isa, data, tokens, window):
+@both_products
+def test_any_tree(isa, dtype, data, tokens, window):
     parents = [data.draw(st.integers(-1, i - 1)) for i in range(tokens)]
-    check(*inputs(tokens, (12, 20), (3, 1), torch.float32), parents, window=window)
+    check(*inputs(tokens, (12, 20), (3, 1), dtype), parents, window=window)
 
 
 def test_scores_far_apart(isa):
@@ -81,8 +94,9 @@ def test_the_exponential_to_its_last_bits(isa):
     assert (got[tiny] < 2**-125).all()
 
 
-def test_what_is_not_finite_stays_in_its_tree(isa):
-    q, k, v = inputs(40, (16, 16), (2, 2), torch.float32)
+@both_products
+def test_what_is_not_finite_stays_in_its_tree(isa, dtype):
+    q, k, v = inputs(40, (16, 16), (2, 2), dtype)
     parents = torch.tensor([*chain(20), -1, *range(20, 39)])
     expected = tree_attention(q, k, v, parents)
     k[:, :, 5], v[:, :, 6] = torch.nan, torch.inf
