@@ -70,8 +70,8 @@ def profiled(step: Step) -> tuple[dict[str, float], float]:
         for module, function, name in OURS:
             recorded = named(getattr(module, function), name)
             stack.enter_context(patch.object(module, function, recorded))
-        settings = {"activities": [ProfilerActivity.CPU], "with_flops": True}
-        run = stack.enter_context(profile(**settings, record_shapes=True))
+        cpu = [ProfilerActivity.CPU]
+        run = stack.enter_context(profile(activities=cpu, record_shapes=True, with_flops=True))
         whole = milliseconds(step)
     by_kind: dict[str, float] = {}
     operations = 0.0
@@ -99,14 +99,15 @@ def measure(data: Path, tasks: list[str], dtype: str) -> Iterator[dict[str, Any]
             if variant not in VARIANTS:
                 continue
             by_kind, operations = profiled(step)
-            shares = {name: f"{ms / sum(by_kind.values()):.3f}" for name, ms in by_kind.items()}
+            whole = sum(by_kind.values())
+            shares = {name: f"{by_kind[name] / whole:.3f}" for name in sorted(by_kind)}
             speed = operations / by_kind["matrix products"] / 1e6
             yield {
                 "dtype": dtype,
                 "task": task,
                 "variant": variant,
-                "ms": round(sum(by_kind.values())),
-                **{name: shares.get(name, "0") for name in sorted(shares)},
+                "ms": round(whole),
+                **shares,
                 "gflops_of_matrix_products": round(speed),
                 "gflops_of_a_large_one": round(large_product(parse_dtype(dtype))),
             }

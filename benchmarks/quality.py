@@ -298,12 +298,19 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
     }
 
 
+def panel_by_task(tasks: Sequence[str]) -> tuple[Figure, Iterator[tuple[Any, str]]]:
+    """A figure, and one above the other its axes with their tasks."""
+    figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), squeeze=False)[:, 0]
+    return figure, zip(axes, tasks, strict=True)
+
+
 def draw_methods(table: Sequence[dict[str, Any]]) -> None:
     """Validation, the mean over seeds, against the time that the steps took."""
     tuned, curves = [row for row in table if row["lr"]], read_rows(CURVES)
     tasks = list(dict.fromkeys(row["task"] for row in tuned))
-    figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+    figure, panels = panel_by_task(tasks)
+    for axes, task in panels:
         for row in tuned:
             if row["task"] != task:
                 continue
@@ -331,8 +338,8 @@ def mean_curve(curves: Iterable[dict[str, str]], row: dict[str, Any]) -> dict[in
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
     layers = {task: {row["layer"] for row in table if row["task"] == task} for task in ALL}
     tasks = [task for task in ALL if len(layers[task]) > 1]
-    figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+    figure, panels = panel_by_task(tasks)
+    for axes, task in panels:
         rows = [row for row in table if row["task"] == task]
         for lr in sorted({row["lr"] for row in rows}, key=float):
             points = [(row["layer"], float(row["accuracy"])) for row in rows if row["lr"] == lr]

@@ -43,7 +43,7 @@ def report() -> str:
         if backend.name == "cuda" and backend.built:
             built += f" for sm {_C.cuda.ARCHITECTURES}"
         runs = "runs here" if backend.runs else f"does not run here: {backend.reason}"
-        lines.append(f"  {backend.name:13} {built:10} {runs}")
+        lines.append(f"  {backend.name:14} {built:10} {runs}")
     return "\n".join(lines)
 
 
