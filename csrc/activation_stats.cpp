@@ -15,7 +15,8 @@ namespace dlzo::DLZO_ISA {
 
 constexpr int kPairs = kWidth / (2 * kLanes);  // pairs of vectors that hold them
 constexpr int kBlock = 64;                     // terms per lane summed in float32
-constexpr int kPivotRows = 16;                 // rows of a channel whose mean is its pivot
+constexpr int kPivotRows = 16;                 // rows of a channel whose mean is its first pivot
+constexpr int kAhead = 80;  // rows between what is fetched and what is summed: 5 KB, past a page
 
 // Largest |x| by its bits, which order as the values do, a NaN above infinity.
 template <int64_t size>
@@ -110,7 +111,7 @@ class Sweep {
     for (int i = 0; i < kVectors; i++) largest[i] = Bits{};
     for (int64_t r = begin; r < end; r++) {
       const char* at = x + r * step + p * 2 * kLanes * size_of(dtype);
-      __builtin_prefetch(at + kBlock * step, 0, 2);  // rows of a matrix, which the hardware misses
+      __builtin_prefetch(at + kAhead * step, 0, 2);  // the hardware stops at a page, or a long step
       const Pair value = load_any_order<dtype>(at);
       for (int i = 0; i < 2; i++) {
         const F32 d = value.v[i] - pivot[i], square = d * d;
@@ -269,47 +270,71 @@ static Moments column_moments(const char* x, int64_t rows, int64_t step) {
   return run_moments<dtype>(column, rows);
 }
 
-// Moments of the first `width` lanes of a tile from its sums. False where some are poor: their
-// pivots are then better ones, for another sweep.
+// Each lane's largest |x|.
 template <DType dtype>
-static bool tile_moments(const char* x, int64_t rows, int64_t step, int width, const LaneSums& sums,
-                         float* pivots, Moments* result) {
-  bool good = true;
-  for (int lane = 0; lane < width; lane++) {
-    const double s[4] = {sums.s[0][lane], sums.s[1][lane], sums.s[2][lane], sums.s[3][lane]};
-    float value[kWidth];
-    const char* column = x + lane * size_of(dtype);
-    const int32_t row = find_row<dtype>(x, step, sums, lane);
-    to_float32<dtype>(column + row * step, 1, value);
-    const float absmax = __builtin_fabsf(value[0]);
-    if (scale_for(absmax) != 1) {
-      result[lane] = column_moments<dtype>(column, rows, step);
-      continue;
-    }
-    result[lane] = central(rows, s, pivots[lane]);
-    result[lane].argmax = row;
-    result[lane].absmax = absmax;
-    if (!is_poor((double)rows, s)) continue;
-    pivots[lane] = (float)result[lane].mean;
-    good = false;
+DLZO_INLINE void largest_of(const LaneSums& sums, float* absmax) {
+  typename Magnitude<size_of(dtype)>::Int magnitudes[kWidth];
+  for (int lane = 0; lane < kWidth; lane++)
+    magnitudes[lane] = (typename Magnitude<size_of(dtype)>::Int)sums.largest[lane];
+  to_float32<dtype>((const char*)magnitudes, kWidth, absmax);
+}
+
+// Puts the pivots of lanes whose sums are poor where these say that the mean is; says whether any
+// was. A lane whose powers need a scale has no use for sums.
+DLZO_INLINE bool move_pivots(const LaneSums& sums, const float* absmax, int64_t rows,
+                             float* pivots) {
+  bool any = false;
+  for (int lane = 0; lane < kWidth; lane++) {
+    const double s[4] = {sums.s[0][lane], sums.s[1][lane]};
+    if (!is_poor((double)rows, s) || scale_for(absmax[lane]) != 1) continue;
+    pivots[lane] = (float)(pivots[lane] + s[0] / (double)rows);
+    any = true;
   }
-  return good;
+  return any;
+}
+
+// The moments of a lane's values, whose maximum is found where it is larger than that before.
+template <DType dtype>
+DLZO_INLINE Moments lane_moments(const char* x, int64_t rows, int64_t step, int lane,
+                                 const LaneSums& sums, float pivot, float absmax,
+                                 const Moments& before) {
+  if (scale_for(absmax) != 1) return column_moments<dtype>(x + lane * size_of(dtype), rows, step);
+  const double s[4] = {sums.s[0][lane], sums.s[1][lane], sums.s[2][lane], sums.s[3][lane]};
+  Moments moments = central(rows, s, pivot);
+  moments.absmax = absmax;
+  if (before.count == 0 || !(absmax <= before.absmax))
+    moments.argmax = find_row<dtype>(x, step, sums, lane);
+  return moments;
+}
+
+// The first pivots of a tile: means of channels so far, or of their first rows.
+template <DType dtype>
+DLZO_INLINE void tile_pivots(const char* x, int64_t rows, int64_t step, int width,
+                             const Moments* result, float* pivots) {
+  if (result->count == 0) {
+    float values[kPivotRows][kWidth];
+    const int64_t first = rows < kPivotRows ? rows : kPivotRows;
+    for (int64_t r = 0; r < first; r++) to_float32<dtype>(x + r * step, kWidth, values[r]);
+    return first_pivots(values, first, pivots);
+  }
+  for (int lane = 0; lane < kWidth; lane++)
+    pivots[lane] = lane < width ? (float)result[lane].mean : 0.0f;
 }
 
 // Tiles of kWidth channels side by side over the same rows, in blocks of rows: memory is read along
 // the rows, a page at a time.
 template <DType dtype>
-static void tiles_moments(const char* x, int64_t rows, int64_t step, int channels,
+static void tiles_moments(const char* x, int64_t before, int64_t rows, int64_t step, int channels,
                           Moments* result) {
   constexpr int64_t kTile = kWidth * size_of(dtype);
   alignas(64) char stage[kSegmentRows * kTile];
   const int tiles = channels / kWidth, tail = channels % kWidth;
-  const int64_t first = rows < kPivotRows ? rows : kPivotRows;
   const char* data[kTiles];
   int64_t steps[kTiles];
   float pivots[kTiles][kWidth];
   Sweep<dtype> sweeps[kTiles];
   const int all = tiles + (tail > 0);
+  const auto width = [&](int t) { return t < tiles ? kWidth : tail; };
   for (int t = 0; t < all; t++) {
     data[t] = x + t * kTile, steps[t] = step;
     if (t == tiles) {  // the last channels, in a tile of their own that zeros fill up
@@ -318,25 +343,28 @@ static void tiles_moments(const char* x, int64_t rows, int64_t step, int channel
         memcpy(stage + r * kTile, x + t * kTile + r * step, (size_t)(tail * size_of(dtype)));
       data[t] = stage, steps[t] = kTile;
     }
-    float values[kPivotRows][kWidth];
-    for (int64_t r = 0; r < first; r++)
-      to_float32<dtype>(data[t] + r * steps[t], kWidth, values[r]);
-    first_pivots(values, first, pivots[t]);
+    tile_pivots<dtype>(data[t], rows, steps[t], width(t), result + t * kWidth, pivots[t]);
     sweeps[t] = Sweep<dtype>(pivots[t]);
   }
   for (int64_t begin = 0; begin < rows; begin += kBlock)
     for (int t = 0; t < all; t++)
       sweeps[t].add(data[t], begin, begin + kBlock < rows ? begin + kBlock : rows, steps[t]);
   for (int t = 0; t < all; t++) {
-    const int width = t < tiles ? kWidth : tail;
-    LaneSums lanes;
-    sweeps[t].finish(&lanes);
-    Moments* out = result + t * kWidth;
-    if (tile_moments<dtype>(data[t], rows, steps[t], width, lanes, pivots[t], out)) continue;
-    Sweep<dtype> again(pivots[t]);
-    again.add(data[t], 0, rows, steps[t]);
-    again.finish(&lanes);
-    tile_moments<dtype>(data[t], rows, steps[t], width, lanes, pivots[t], out);
+    LaneSums sums;
+    float absmax[kWidth];
+    sweeps[t].finish(&sums);
+    largest_of<dtype>(sums, absmax);
+    if (move_pivots(sums, absmax, rows, pivots[t])) {
+      Sweep<dtype> again(pivots[t]);
+      again.add(data[t], 0, rows, steps[t]);
+      again.finish(&sums);
+    }
+    for (int lane = 0; lane < width(t); lane++) {
+      Moments& channel = result[t * kWidth + lane];
+      const Moments part = lane_moments<dtype>(data[t], rows, steps[t], lane, sums, pivots[t][lane],
+                                               absmax[lane], channel);
+      channel = combine(channel, part, before);
+    }
   }
 }
 
@@ -351,15 +379,15 @@ Moments moments(const char* x, DType dtype, int64_t count) {
   }
 }
 
-void channel_moments(const char* x, DType dtype, int64_t rows, int64_t step, int channels,
-                     Moments* result) {
+void channel_moments(const char* x, DType dtype, int64_t before, int64_t rows, int64_t step,
+                     int channels, Moments* result) {
   switch (dtype) {
     case DType::kFloat32:
-      return tiles_moments<DType::kFloat32>(x, rows, step, channels, result);
+      return tiles_moments<DType::kFloat32>(x, before, rows, step, channels, result);
     case DType::kBFloat16:
-      return tiles_moments<DType::kBFloat16>(x, rows, step, channels, result);
+      return tiles_moments<DType::kBFloat16>(x, before, rows, step, channels, result);
     default:
-      return tiles_moments<DType::kFloat16>(x, rows, step, channels, result);
+      return tiles_moments<DType::kFloat16>(x, before, rows, step, channels, result);
   }
 }
 

@@ -121,12 +121,9 @@ Moments tensor_moments(const char* x, DType dtype, int64_t count, int threads) {
 void column_moments(const char* x, DType dtype, int64_t rows, int64_t channels, int64_t channel,
                     int width, Moments* result) {
   const int64_t step = channels * size_of(dtype);
-  for (int64_t first = 0; first < rows; first += kSegmentRows) {
-    Moments part[kTiles * kWidth];
-    kernels().channel_moments(x + first * step + channel * size_of(dtype), dtype,
-                              std::min(rows - first, kSegmentRows), step, width, part);
-    for (int i = 0; i < width; i++) result[i] = combine(result[i], part[i], first);
-  }
+  for (int64_t before = 0; before < rows; before += kSegmentRows)
+    kernels().channel_moments(x + before * step + channel * size_of(dtype), dtype, before,
+                              std::min(rows - before, kSegmentRows), step, width, result);
 }
 
 // A view of shape (batch, heads, tokens, size) at one vector.

@@ -58,8 +58,9 @@ struct Kernels {
                   uint64_t index, Direction direction, float scale);
   void (*round_into)(char* out, DType out_dtype, const char* base, int64_t count);
   Moments (*moments)(const char* x, DType dtype, int64_t count);
-  void (*channel_moments)(const char* x, DType dtype, int64_t rows, int64_t step, int channels,
-                          Moments* result);
+  // Adds rows of channels to moments of the `before` rows above them.
+  void (*channel_moments)(const char* x, DType dtype, int64_t before, int64_t rows, int64_t step,
+                          int channels, Moments* moments);
   void (*pack_keys)(float* keys, const Vectors& of, int64_t size);
   void (*pack_values)(float* values, const Vectors& of, int64_t size);
   void (*attend)(const Attention& attention, const Row* rows, int count, float* scratch);
@@ -71,7 +72,7 @@ struct Kernels {
   void perturb(char*, DType, const char*, DType, int64_t, uint64_t, Direction, float); \
   void round_into(char*, DType, const char*, int64_t);                                 \
   Moments moments(const char*, DType, int64_t);                                        \
-  void channel_moments(const char*, DType, int64_t, int64_t, int, Moments*);           \
+  void channel_moments(const char*, DType, int64_t, int64_t, int64_t, int, Moments*);  \
   void pack_keys(float*, const Vectors&, int64_t);                                     \
   void pack_values(float*, const Vectors&, int64_t);                                   \
   void attend(const Attention&, const Row*, int, float*);                              \

@@ -64,6 +64,35 @@ def test_odd_sizes(dtype, per, shape):
         assert_right(x, per, got)
 
 
+@pytest.mark.parametrize("kind", ["normal", "heavy", "far", "outlier", "drift", "jump"])
+def test_channels_of_many_segments(isa, kind):
+    x = values(1700, 70, kind)
+    if kind == "jump":
+        x[700:] += 1e4  # where the mean so far says nothing of what comes
+    x[40, 3] = x[1600, 3] = 2e9 if kind == "heavy" else 2e5  # equal maxima
+    assert_right(x, "channel", activation_stats(x, per="channel"))
+
+
+@pytest.mark.parametrize(("rows", "first"), [(512, 16), (1024, 512)])
+def test_channels_whose_first_rows_mislead(isa, rows, first):
+    x = torch.zeros(rows, 2000)
+    x[:first] = 1 + torch.rand(2000, generator=torch.Generator().manual_seed(0))
+    assert_right(x, "channel", activation_stats(x, per="channel"))
+
+
+def test_channels_that_are_not_finite_for_a_while():
+    x = values(1700, 40)
+    x[600, 5], x[1500, 5] = float("inf"), 1e9
+    x[700, 6], x[701, 6], x[1500, 6] = float("inf"), float("nan"), float("nan")
+    stats = activation_stats(x, per="channel")
+    assert stats.argmax[[5, 6]].tolist() == [600, 701]
+    assert stats.absmax[5] == float("inf")
+    assert stats.absmax[6].isnan()
+    assert stats.mean.isnan().nonzero().flatten().tolist() == [5, 6]
+    others = [i for i in range(40) if i not in (5, 6)]
+    assert_right(x[:, others], "channel", ActivationStats(*(part[others] for part in stats)))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(2, 300),
