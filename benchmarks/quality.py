@@ -46,7 +46,8 @@ SWEEP_FIGURE, METHODS_FIGURE = ROOT / "docs" / "sweep.png", ROOT / "docs" / "met
 SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
 ALL = (*SHORT, *LONG)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
-SWEEP_STEPS, SWEEP_LRS, SWEEP_SEEDS = 200, (3e-4, 1e-3, 3e-3), (0, 1)
+SWEEP_STEPS = dict.fromkeys(SHORT, 200) | dict.fromkeys(LONG, 100)
+SWEEP_LRS, SWEEP_SEEDS = (3e-4, 1e-3, 3e-3), (0, 1)
 RATE_LAYERS = {"sst2": (11, 17, 21, 25, 29)}  # of other tasks the dominant one
 # Of one layer. At the default, 1e-3, bfloat16 drowns the losses' difference for a layer such as 5,
 # and the sweep would show that (docs/numerics.md).
@@ -235,7 +236,8 @@ def sweep(bench: Bench, task: str) -> list[dict[str, Any]]:
 
 
 def sweep_config(task: str, **settings: Any) -> TrainConfig:
-    return TrainConfig(task, steps=SWEEP_STEPS, eval_every=SWEEP_STEPS, eps=EPS, **settings)
+    steps = SWEEP_STEPS[task]
+    return TrainConfig(task, steps=steps, eval_every=steps, eps=EPS, **settings)
 
 
 def rates(bench: Bench, task: str) -> list[dict[str, Any]]:
@@ -347,7 +349,7 @@ def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
         axes.axvline(LAYER, color="tab:red", lw=1, label=f"found by the probe: layer {LAYER}")
         axes.set(xlabel="the one decoder layer that is tuned", ylabel="validation accuracy")
         axes.set_title(
-            f"{task}, SmolLM2-135M-Instruct, {SWEEP_STEPS} zeroth-order steps", loc="left"
+            f"{task}, SmolLM2-135M-Instruct, {SWEEP_STEPS[task]} zeroth-order steps", loc="left"
         )
         axes.legend(frameon=False)
         tidy(axes)

@@ -53,6 +53,12 @@ DLZO_INLINE void to_float32(const char* x, int64_t count, float* values) {
   widen<dtype>(x, count, values);
 }
 
+// Of |x|: its bits, -1 for none, and its first position.
+struct Maximum {
+  int32_t bits;
+  int64_t position;
+};
+
 // What the lanes add up to, in element order.
 struct LaneSums {
   double s[4][kWidth];
@@ -173,11 +179,11 @@ DLZO_INLINE float first_pivot(const float* values, int64_t count) {
   return (float)(values[0] + sum[0] / (double)count);
 }
 
-// Adds the first `lanes` lanes to s by halves, and finds the first position of the largest |x|,
-// counted from `offset`.
+// Adds the first `lanes` lanes to s by halves, and their maximum to another, with its position
+// counted from `offset`. That of one not above `known` nobody asks for.
 template <DType dtype>
-DLZO_INLINE void reduce(const char* x, LaneSums* sums, int64_t lanes, int64_t offset,
-                        double (&s)[4], int32_t* largest, int64_t* position) {
+DLZO_INLINE void reduce(const char* x, LaneSums* sums, int64_t lanes, int64_t offset, int32_t known,
+                        double (&s)[4], Maximum* largest) {
   for (int64_t lane = lanes; lane < kWidth; lane++) {
     for (int k = 0; k < 4; k++) sums->s[k][lane] = 0;
     sums->largest[lane] = -1;
@@ -189,32 +195,32 @@ DLZO_INLINE void reduce(const char* x, LaneSums* sums, int64_t lanes, int64_t of
   int32_t best = -1;
   for (int lane = 0; lane < kWidth; lane++)
     best = sums->largest[lane] > best ? sums->largest[lane] : best;
-  if (best <= *largest) return;
-  *largest = best;
-  *position = INT64_MAX;
+  if (best <= largest->bits) return;
+  *largest = {best, 0};
+  if (best <= known) return;
+  largest->position = INT64_MAX;
   for (int lane = 0; lane < lanes; lane++) {
     if (sums->largest[lane] != best) continue;
     const int64_t at =
         offset + find_row<dtype>(x, kWidth * size_of(dtype), *sums, lane) * kWidth + lane;
-    *position = at < *position ? at : *position;
+    largest->position = at < largest->position ? at : largest->position;
   }
 }
 
-// The sums of a run of `count` values about one pivot, and the first position of the largest |x|.
+// The sums of a run of `count` values about one pivot, and their maximum.
 template <DType dtype>
-static int64_t run_sums(const char* x, int64_t count, float pivot, double (&s)[4]) {
+static Maximum run_sums(const char* x, int64_t count, float pivot, int32_t known, double (&s)[4]) {
   float pivots[kWidth];
   for (int lane = 0; lane < kWidth; lane++) pivots[lane] = pivot;
   const int64_t rows = count / kWidth, tail = count % kWidth, step = kWidth * size_of(dtype);
-  int32_t largest = -1;
-  int64_t position = 0;
+  Maximum largest = {-1, 0};
   for (int k = 0; k < 4; k++) s[k] = 0;
   LaneSums lanes;
   if (rows > 0) {
     Sweep<dtype> sweep(pivots);
     sweep.add(x, 0, rows, step);
     sweep.finish(&lanes);
-    reduce<dtype>(x, &lanes, kWidth, 0, s, &largest, &position);
+    reduce<dtype>(x, &lanes, kWidth, 0, known, s, &largest);
   }
   if (tail > 0) {
     alignas(64) char stage[kWidth * 4] = {};
@@ -222,21 +228,21 @@ static int64_t run_sums(const char* x, int64_t count, float pivot, double (&s)[4
     Sweep<dtype> sweep(pivots);
     sweep.add(stage, 0, 1, step);
     sweep.finish(&lanes);
-    reduce<dtype>(stage, &lanes, tail, rows * kWidth, s, &largest, &position);
+    reduce<dtype>(stage, &lanes, tail, rows * kWidth, known, s, &largest);
   }
-  return position;
+  return largest;
 }
 
 template <DType dtype>
-static Moments run_moments(const char* x, int64_t count) {
+static Moments run_moments(const char* x, int64_t count, int32_t* known) {
   double s[4];
   float values[kWidth];
   const int64_t first = count < kWidth ? count : kWidth;
   to_float32<dtype>(x, first, values);
   float pivot = first_pivot(values, first);
-  const int64_t argmax = run_sums<dtype>(x, count, pivot, s);
-  to_float32<dtype>(x + argmax * size_of(dtype), 1, values);
-  const float absmax = __builtin_fabsf(values[0]);
+  const Maximum largest = run_sums<dtype>(x, count, pivot, *known, s);
+  to_float32<dtype>((const char*)&largest.bits, 1, values);
+  const float absmax = values[0];
   const double scale = scale_for(absmax);
   Moments result;
   if (scale != 1) {
@@ -247,17 +253,19 @@ static Moments run_moments(const char* x, int64_t count) {
       for (int lane = 0; lane < kWidth; lane++)
         scaled[i + lane] = (float)(scaled[i + lane] * scale);
     }
-    const Moments moments = run_moments<DType::kFloat32>((const char*)scaled, count);
+    int32_t any = INT32_MAX;
+    const Moments moments = run_moments<DType::kFloat32>((const char*)scaled, count, &any);
     result = rescale(moments, 1 / scale);
   } else {
     if (is_poor((double)count, s)) {
       pivot = (float)(pivot + s[0] / (double)count);
-      run_sums<dtype>(x, count, pivot, s);
+      run_sums<dtype>(x, count, pivot, INT32_MAX, s);
     }
     result = central(count, s, pivot);
   }
-  result.argmax = argmax;
+  result.argmax = largest.position;
   result.absmax = absmax;
+  *known = largest.bits > *known ? largest.bits : *known;
   return result;
 }
 
@@ -267,7 +275,8 @@ static Moments column_moments(const char* x, int64_t rows, int64_t step) {
   alignas(64) char column[kSegmentRows * 4];
   for (int64_t r = 0; r < rows; r++)
     memcpy(column + r * size_of(dtype), x + r * step, (size_t)size_of(dtype));
-  return run_moments<dtype>(column, rows);
+  int32_t none = -1;
+  return run_moments<dtype>(column, rows, &none);
 }
 
 // Each lane's largest |x|.
@@ -368,14 +377,14 @@ static void tiles_moments(const char* x, int64_t before, int64_t rows, int64_t s
   }
 }
 
-Moments moments(const char* x, DType dtype, int64_t count) {
+Moments moments(const char* x, DType dtype, int64_t count, int32_t* known) {
   switch (dtype) {
     case DType::kFloat32:
-      return run_moments<DType::kFloat32>(x, count);
+      return run_moments<DType::kFloat32>(x, count, known);
     case DType::kBFloat16:
-      return run_moments<DType::kBFloat16>(x, count);
+      return run_moments<DType::kBFloat16>(x, count, known);
     default:
-      return run_moments<DType::kFloat16>(x, count);
+      return run_moments<DType::kFloat16>(x, count, known);
   }
 }
 

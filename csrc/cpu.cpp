@@ -107,9 +107,10 @@ Moments tensor_moments(const char* x, DType dtype, int64_t count, int threads) {
   std::vector<Moments> parts(static_cast<size_t>(segments));
   const Kernels& isa = kernels();
   parallel_for(segments, kMinStats / kSegment, threads, [&](int64_t begin, int64_t end) {
+    int32_t known = -1;
     for (int64_t i = begin; i < end; i++)
       parts[static_cast<size_t>(i)] = isa.moments(x + i * kSegment * size_of(dtype), dtype,
-                                                  std::min(count - i * kSegment, kSegment));
+                                                  std::min(count - i * kSegment, kSegment), &known);
   });
   Moments result = {};
   for (int64_t i = 0; i < segments; i++)

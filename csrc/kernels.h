@@ -57,7 +57,9 @@ struct Kernels {
   void (*perturb)(char* out, DType out_dtype, const char* base, DType base_dtype, int64_t count,
                   uint64_t index, Direction direction, float scale);
   void (*round_into)(char* out, DType out_dtype, const char* base, int64_t count);
-  Moments (*moments)(const char* x, DType dtype, int64_t count);
+  // `known`: the bits of the largest |x| in earlier runs, -1 for none; raised where x has a larger
+  // one. Of a maximum that is no larger the position is not sought.
+  Moments (*moments)(const char* x, DType dtype, int64_t count, int32_t* known);
   // Adds rows of channels to moments of the `before` rows above them.
   void (*channel_moments)(const char* x, DType dtype, int64_t before, int64_t rows, int64_t step,
                           int channels, Moments* moments);
@@ -71,7 +73,7 @@ struct Kernels {
   void gaussian(char*, DType, int64_t, uint64_t, Direction);                           \
   void perturb(char*, DType, const char*, DType, int64_t, uint64_t, Direction, float); \
   void round_into(char*, DType, const char*, int64_t);                                 \
-  Moments moments(const char*, DType, int64_t);                                        \
+  Moments moments(const char*, DType, int64_t, int32_t*);                              \
   void channel_moments(const char*, DType, int64_t, int64_t, int64_t, int, Moments*);  \
   void pack_keys(float*, const Vectors&, int64_t);                                     \
   void pack_values(float*, const Vectors&, int64_t);                                   \

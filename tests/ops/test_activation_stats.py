@@ -160,6 +160,19 @@ def test_the_first_of_equal_maxima_is_named(isa, dtype):
     assert activation_stats(x, per="token").argmax[[31, 40, 3]].tolist() == [6, 2, 0]
 
 
+@pytest.mark.parametrize("start", [7, 20_000])
+def test_the_first_of_equal_maxima_far_apart(isa, dtype, set_threads, start):
+    set_threads(1)
+    x = torch.ones(70_000, dtype=dtype)
+    x[start] = x[start + 7] = x[start + 40_000] = -5
+    assert activation_stats(x).argmax == start
+    x[start + 20_000] = 6
+    assert activation_stats(x).argmax == start + 20_000
+    x[start + 30_000] = x[start + 40_000] = float("nan")
+    x[start + 45_000] = float("inf")
+    assert activation_stats(x).argmax == start + 30_000
+
+
 @pytest.mark.parametrize("per", DIMS)
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e4])
 def test_a_constant_has_variance_zero_and_no_kurtosis(isa, dtype, per, value):
