@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,6 +34,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("dlzo_kernels._C", sources=[])],
+    # What a source distribution takes along.
+    ext_modules=[Extension("dlzo_kernels._C", ["CMakeLists.txt", *sorted(glob("csrc/*"))])],
     cmdclass={"build_ext": CMakeBuild},
 )
