@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dlzo_kernels.ops import _gpu
 LIBRARY = torch.library.Library("dlzo", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_T = TypeVar("_T")
 _U32, _U64 = 1 << 32, 1 << 64
 
 
@@ -76,8 +78,6 @@ def check_device_numbers(
     """Raises unless numbers that are given as a tensor are `count` of the dtype on the device."""
     if not isinstance(numbers, Tensor):
         return
-    if torch.compiler.is_compiling():
-        raise TypeError(f"{name} is a tensor; under torch.compile give a number")
     if numbers.dtype is not dtype or numbers.numel() != count or not numbers.is_contiguous():
         raise TypeError(
             f"{name} is a tensor of {numbers.numel()} {numbers.dtype}; "
@@ -184,6 +184,13 @@ def to_signed(value: int) -> int:
 def to_unsigned(value: int) -> int:
     """The inverse of to_signed."""
     return value % _U64
+
+
+def not_a_tensor(name: str, value: _T | Tensor) -> _T:
+    """The value as an operator schema carries it; raises TypeError for a tensor."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor; under torch.compile give a number")
+    return value
 
 
 def seed_of(seed: int | Tensor) -> int | Tensor:

@@ -21,6 +21,7 @@ from dlzo_kernels.ops._common import (
     check_writable,
     is_eager,
     mark_written,
+    not_a_tensor,
     overlap,
     pack,
     register_silent_fake,
@@ -95,8 +96,9 @@ def accumulate_(
     if is_eager(master, *([] if out is None else [out])):
         _accumulate(master, seeds, scales, stream, offset, queries, row_stride, out)
     else:
-        signed = [to_signed(seed) for seed in seeds]
-        arguments = (signed, list(scales), stream, to_signed(offset), queries, row_stride, out)
+        signed = [to_signed(seed) for seed in not_a_tensor("seeds", seeds)]
+        numbers = list(not_a_tensor("scales", scales))
+        arguments = (signed, numbers, stream, to_signed(offset), queries, row_stride, out)
         torch.ops.dlzo.accumulate_(master, *arguments)
     return master
 

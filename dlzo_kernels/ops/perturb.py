@@ -20,6 +20,7 @@ from dlzo_kernels.ops._common import (
     check_writable,
     is_eager,
     mark_written,
+    not_a_tensor,
     overlap,
     pack,
     register_silent_fake,
@@ -100,9 +101,8 @@ def perturb_(
     if is_eager(w):
         _perturb_in_place(w, seed, scale, stream, offset, query, row_stride)
     else:
-        torch.ops.dlzo.perturb_(
-            w, to_signed(seed), scale, stream, to_signed(offset), query, row_stride
-        )
+        numbers = _for_schema(seed, scale, stream, offset, query, row_stride)
+        torch.ops.dlzo.perturb_(w, *numbers)
     return w
 
 
@@ -144,9 +144,22 @@ def perturb_into(
     if is_eager(out, base):
         _perturb_into(out, base, seed, scale, stream, offset, query, row_stride)
     else:
-        numbers = (to_signed(seed), scale, stream, to_signed(offset), query, row_stride)
+        numbers = _for_schema(seed, scale, stream, offset, query, row_stride)
         torch.ops.dlzo.perturb_into(out, base, *numbers)
     return out
+
+
+def _for_schema(
+    seed: int | Tensor,
+    scale: float | Tensor,
+    stream: int,
+    offset: int,
+    query: int,
+    row_stride: int | None,
+) -> tuple[int | float | None, ...]:
+    """The numbers that both operators take."""
+    number = to_signed(not_a_tensor("seed", seed))
+    return number, not_a_tensor("scale", scale), stream, to_signed(offset), query, row_stride
 
 
 def perturb_layer(

@@ -166,6 +166,21 @@ def test_operator_contract(dtype):
     torch.library.opcheck(torch.ops.dlzo.perturb_into.default, (w, base, 7, 0.5, 1, 2, 3, 9))
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("name", ["seed", "scale"])
+def test_a_tensor_inside_torch_compile_is_refused(name, fullgraph):
+    numbers = {"seed": 3, "scale": 0.5} | {name: torch.tensor(3 if name == "seed" else 0.5)}
+
+    @torch.compile(fullgraph=fullgraph, backend="eager")
+    def step(w):
+        return perturb_(w, **numbers)
+
+    w = weights(7)
+    with pytest.raises(Exception, match=f"{name} is a tensor; under torch.compile give a number"):
+        step(w)
+    assert_same_bits(w, weights(7))
+
+
 def test_inside_torch_compile():
     @torch.compile(fullgraph=True)
     def step(w, base, seed, scale):
