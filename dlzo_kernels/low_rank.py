@@ -64,12 +64,12 @@ class LowRankStep(ZOStep):
     ) -> None:
         check_range("v_seed", v_seed, 1 << 64)
         super().__init__(layer, seed, eps, lr, **options)
-        self._rank, self._v_seed = rank, v_seed
+        self._u_seed, self._v_seed, self._rank = seed, v_seed, rank
         self._matrices, self._others = _split(self._tuned, rank)
 
     def _perturb(self, scale: float, direction: int) -> None:
         for t in self._matrices:
-            for rows, z in _directions(t, self._seed, self._v_seed, self._rank, direction):
+            for rows, z in _directions(t, self._u_seed, self._v_seed, self._rank, direction):
                 t.live.detach()[rows].copy_(t.entry.master[rows] + z.mul_(scale))
         if self._others:
             perturb_layer([t.operand for t in self._others], self._seed, scale, direction)
@@ -80,7 +80,7 @@ class LowRankStep(ZOStep):
         return self._finish_here([*map(float, plus)], [*map(float, minus)], max_loss)
 
     def _move(self, scales: Sequence[float], keep: float) -> None:
-        _move(self._tuned, self._seed, self._v_seed, self._rank, scales, keep)
+        _move(self._tuned, self._u_seed, self._v_seed, self._rank, scales, keep)
 
 
 def low_rank_replay(

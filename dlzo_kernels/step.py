@@ -291,10 +291,11 @@ class ZOStep:
     ) -> StepResult:
         self._taken = True
         devices = {operand.out.device for operand in self._operands}
-        if all(isinstance(loss, Tensor) and {loss.device} == devices for loss in (*plus, *minus)):
+        losses = [loss for loss in (*plus, *minus) if isinstance(loss, Tensor)]
+        if len(losses) == 2 * self._directions and {loss.device for loss in losses} == devices:
             (device,) = devices
             if device.type == "cuda":
-                return self._finish_on(device, torch.stack(plus), torch.stack(minus), max_loss)
+                return self._finish_on(device, torch.stack(losses), max_loss)
         return self._finish_here([*map(float, plus)], [*map(float, minus)], max_loss)
 
     def _finish_here(self, plus: list[float], minus: list[float], max_loss: float) -> StepResult:
@@ -313,20 +314,19 @@ class ZOStep:
     def _move(self, scales: Sequence[float], keep: float) -> None:
         _accumulate(self._tuned, self._seeds(), scales, range(len(scales)), keep=keep)
 
-    def _finish_on(
-        self, device: torch.device, plus: Tensor, minus: Tensor, max_loss: float
-    ) -> StepResult:
+    def _finish_on(self, device: torch.device, losses: Tensor, max_loss: float) -> StepResult:
         """As _finish_here, to the bit, without waiting for the device."""
-        losses = torch.stack([plus, minus]).double()
+        losses = losses.double().view(2, -1)
         # torch multiplies by the reciprocal of a number; a tensor divides.
         twice_eps = torch.full((), 2 * self._eps, dtype=torch.float64, device=device)
         grads = (losses[0] - losses[1]) / twice_eps
         scales = grads * (-self._lr / self._directions)
         applied = (losses.isfinite() & (losses <= max_loss)).all() & (scales.abs() < 3.4e38).all()
         gate = (applied & (scales != 0).any()).int()
-        queries, keep = range(self._directions), 1 - self._lr * self._weight_decay
+        keep: float | Tensor = 1 - self._lr * self._weight_decay
         if keep != 1:
             keep = torch.where(gate != 0, keep, 1.0).float()
+        queries = range(self._directions)
         _accumulate(self._tuned, self._seeds(), scales.float(), queries, gate=gate, keep=keep)
         return StepResult(torch.cat([losses.flatten(), grads, applied.double().view(1)]))
 
@@ -437,7 +437,7 @@ class _Tuned:
         return Operand(self.live.detach(), self.entry.master, **self.numbering)
 
 
-_Key = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
+_Key = tuple[object, ...]  # storage, offset, shape, strides and dtype
 _entries: dict[_Key, _Entry] = {}
 
 
@@ -600,5 +600,5 @@ def _uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for number in pending:
-            signal.raise_signal(number)
+        for late in pending:
+            signal.raise_signal(late)

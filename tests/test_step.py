@@ -504,7 +504,7 @@ def test_an_update_from_losses_on_the_device_has_the_bits_of_one_from_numbers(
         for layer in (here, there)
     ]
     expected = steps[0].update(plus.tolist(), minus.tolist(), max_loss=50.0)
-    got = steps[1]._finish_on(torch.device("cpu"), plus, minus, 50.0)
+    got = steps[1]._finish_on(torch.device("cpu"), torch.cat([plus, minus]), 50.0)
     assert got.applied == expected.applied == (bad is None)
     if bad is None or bad == 99.0:
         assert got == expected

@@ -56,7 +56,7 @@ class Directions(NamedTuple):
         scales: address of K float32 numbers.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
     seed: int = 0
     query: int = 0
     scale: float = 0.0

@@ -15,6 +15,7 @@ from dlzo_kernels.ops._triton import Plan, aligned, constant, dtype_of, jit, lau
 
 LIBRARY.define("activation_stats(Tensor x, str per) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
+_Addresses = tuple[int, int, int, int, int]  # of one array per statistic
 _REDUCTIONS = {"tensor": 0, "channel": 1, "token": 2}
 _DTYPES = (torch.float32, torch.int64, torch.float64, torch.float64, torch.float64)
 # torch.empty_like takes half as long as torch.empty, most of what a call on a small tensor costs.
@@ -100,7 +101,7 @@ def _activation_stats(x: Tensor, per: str) -> tuple[Tensor, ...]:
     return results
 
 
-def _launch(x: Tensor, sizes: tuple[int, int, int], pointers: tuple[int, ...]) -> None:
+def _launch(x: Tensor, sizes: tuple[int, int, int], pointers: _Addresses) -> None:
     room = _C.gpu.partials(*sizes) * _C.gpu.PARTIAL_BYTES
     workspace = x.new_empty(room, dtype=torch.uint8).data_ptr()
     if _gpu.selected() == "cuda":
@@ -517,8 +518,8 @@ def _combine_kernel(
     for level in tl.static_range(LOG_POSITIONS):
         pairs = [_pairs(field, OUTPUTS, LOG_POSITIONS - level - 1) for field in tree]
         tree = tl.reduce(pairs, 2, _combined_neighbours)
-    tree = [tl.reshape(field, (OUTPUTS,)) for field in tree]
-    results = _Moments(*[tree[i] for i in (0, 1, 2, 3, 4, 5, 6)])
+    joined = [tl.reshape(field, (OUTPUTS,)) for field in tree]
+    results = _Moments(*[joined[i] for i in (0, 1, 2, 3, 4, 5, 6)])
     _write_results(results, output, room, output < room.outputs)
 
 
@@ -528,7 +529,7 @@ def triton_plans(
     rows: int,
     channels: int,
     reduction: int,
-    results: tuple[int, ...],
+    results: _Addresses,
     workspace: int,
 ) -> Iterator[Plan]:
     """The Triton launches for a (rows, channels) matrix; addresses as for the CUDA kernels."""

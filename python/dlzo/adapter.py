@@ -69,7 +69,7 @@ def save_adapter(
         "channels": list(target.channels) or "all",
         "dtype": dtype_name(target.model),
     }
-    if target.lora is not None:
+    if target.lora is not None and target.adapters is not None:
         config["lora"] = asdict(target.lora)
         text = json.dumps(target.adapters.settings, indent=2) + "\n"
         replace_file(folder / PEFT_FILE, lambda partial: partial.write_text(text))

@@ -92,12 +92,13 @@ def written_into(
         layer = decoder_layers(model)[index]
         writers = {"attention": sites[index].attention, "mlp": sites[index].down_projection}
         for name in writers if part == "all" else [part]:
-            if writers[name] is None:
+            writer = writers[name]
+            if writer is None:
                 raise UserError(
                     f"the {name} of layer {index} has no single matrix that writes into channels: "
                     "tune all channels, or another part"
                 )
-            matrix = layer.get_submodule(writers[name])
+            matrix = layer.get_submodule(writer)
             found[names[id(matrix)]] = _views(matrix, channels)
     return found
 

@@ -159,7 +159,7 @@ def train_command(
     ] = _DEFAULTS.part,
     channels: Annotated[
         str, typer.Option(help="Of the layer: all, outlier, or their numbers as in 7,23.")
-    ] = _DEFAULTS.channels,
+    ] = str(_DEFAULTS.channels),
     top: Annotated[float, typer.Option(help="Share of outlier channels.")] = _DEFAULTS.top,
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
@@ -381,7 +381,8 @@ def _data_folder(task: str, data: Path | None) -> Path:
 
 def _refuse_beside_resume(context: typer.Context) -> None:
     for name in context.params:
-        given = context.get_parameter_source(name).name == "COMMANDLINE"
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
         if given and name not in ("resume_from", "plot"):
             raise UserError(
                 f"--resume takes all settings from its folder: leave out {name.replace('_', '-')}"
@@ -425,7 +426,7 @@ def _parse_layer(text: str) -> tuple[int, ...] | None:
 
 def _parse_lr(text: str) -> float | Literal["auto"]:
     if text == "auto":
-        return text
+        return "auto"
     try:
         return float(text)
     except ValueError:

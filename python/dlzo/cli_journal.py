@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -101,7 +101,7 @@ def warn(reader: Reader) -> None:
         complain("warning", reader.damage)
 
 
-def _parameter(parameter: tuple[object, ...]) -> str:
+def _parameter(parameter: tuple[Any, ...]) -> str:
     name, dtype, shape, stream = parameter
     return f"{name} {list(shape)} {dtype}, stream {stream}"
 

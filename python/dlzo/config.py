@@ -97,18 +97,20 @@ class TrainConfig:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, from 1: the whole lr at the first one."""
-        done = (step - 1) / self.steps
+        lr, done = float(self.lr), (step - 1) / self.steps
         if self.lr_decay == "linear":
-            return self.lr * (1 - done)
+            return lr * (1 - done)
         if self.lr_decay == "cosine":
-            return self.lr * (1 + math.cos(math.pi * done)) / 2
-        return self.lr
+            return lr * (1 + math.cos(math.pi * done)) / 2
+        return lr
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
-        if self.rank is None:
-            object.__setattr__(self, "rank", _LORA_RANK if self.method == "lora" else _LOZO_RANK)
+        rank = self.rank
+        if rank is None:
+            rank = _LORA_RANK if self.method == "lora" else _LOZO_RANK
+            object.__setattr__(self, "rank", rank)
         if self.part not in PARTS:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
@@ -132,8 +134,8 @@ class TrainConfig:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
-        if self.rank > MAX_RANK:
-            raise UserError(f"rank is {self.rank}: give at most {MAX_RANK}")
+        if rank > MAX_RANK:
+            raise UserError(f"rank is {rank}: give at most {MAX_RANK}")
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
         if not (math.isfinite(self.eps) and self.eps > 0):

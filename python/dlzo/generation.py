@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,10 +75,11 @@ def generate(
             inputs = _pad([encoded[i] for i in group])
             width = inputs["input_ids"].shape[1]
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            outputs = model.generate(**inputs, generation_config=config)[:, width:].tolist()
+            generate: Any = model.generate
+            outputs = generate(**inputs, generation_config=config)[:, width:].tolist()
             for i, output in zip(group, outputs, strict=True):
                 tokens = list(takewhile(lambda token: token not in ends, output))
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                text = str(tokenizer.decode(tokens, skip_special_tokens=True))
                 answers[i] = text.partition("\n")[0].strip()
     return answers
 

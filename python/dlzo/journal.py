@@ -6,7 +6,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,8 @@ class Reader:
         UserError: it is no journal, or of another version, or its header is damaged.
     """
 
+    damage: str | None
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
@@ -88,9 +90,9 @@ class Reader:
     def _rewind(self) -> None:
         self.end, self.crc = self._begin
         self.last = 0
-        self.damage: str | None = None
+        self.damage = None
 
-    def _read(self, file: BinaryIO, left: int) -> list[Record]:
+    def _read(self, file: BinaryIO, left: int) -> Sequence[Record]:
         prefix = file.read(PREFIX.size)
         if len(prefix) < PREFIX.size:
             raise Damaged("a record is cut off")

@@ -91,9 +91,11 @@ class Adapters:
             model.add_adapter(LoraConfig(**self.settings), NAME)
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
-        wrapped = [model.get_submodule(name) for name in names]
-        self._bases = [each.base_layer for each in wrapped]
-        self.matrices = [m[NAME] for each in wrapped for m in (each.lora_A, each.lora_B)]
+        wrapped: list[Any] = [model.get_submodule(name) for name in names]
+        self._bases: list[nn.Linear | Conv1D] = [each.base_layer for each in wrapped]
+        self.matrices: list[nn.Linear] = [
+            m[NAME] for each in wrapped for m in (each.lora_A, each.lora_B)
+        ]
         for stream, matrix in enumerate(self.matrices):
             device = self._bases[stream // 2].weight.device
             weight = torch.zeros(matrix.weight.shape, device=device)

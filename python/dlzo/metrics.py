@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict, cast
 
@@ -47,7 +47,7 @@ class Metrics(TypedDict):
     method: str
     layers: list[int]
     part: str
-    channels: str | list[int]
+    channels: str | Sequence[int]
     steps: int
     batch_size: int
     directions: int

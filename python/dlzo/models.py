@@ -228,7 +228,7 @@ def _load(
     gguf = "gguf_file" in options
     with quiet_transformers(every_bar=gguf):
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 # Else the weights of a GGUF stay packed where the `kernels` package is installed.
@@ -249,6 +249,7 @@ def _load(
                 f"model {name!r} has no tokenizer that can be read: put its tokenizer.json and "
                 "tokenizer_config.json beside its weights"
             ) from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -107,14 +109,15 @@ def plot_history(metrics: Metrics, path: Path) -> None:
     panels = figure.subplots(2, sharex=True)
     validated = [entry for entry in metrics["history"] if "validation_loss" in entry]
     steps = [entry["step"] for entry in validated]
-    best, test = metrics["best"], metrics["test"]
+    untuned = cast(Mapping[str, Any], metrics["zero_shot"])
+    best, test = metrics["best"], cast(Mapping[str, Any], metrics["test"])
     quality = "accuracy" if "accuracy" in test else "f1"
     for axes, name in zip(panels, (quality, "loss"), strict=True):
         # What was not measured or is not finite is None: NaN leaves a gap in the line.
         found = [entry.get(f"validation_{name}") for entry in validated]
         values = [math.nan if value is None else value for value in found]
         axes.plot(steps, values, "o-", color="tab:blue", ms=4, label="validation")
-        axes.plot(0, metrics["zero_shot"][name], "D", color="tab:gray", label="test, untuned")
+        axes.plot(0, untuned[name], "D", color="tab:gray", label="test, untuned")
         axes.plot(best["step"], test[name], "*", color="tab:red", ms=12, label="test, best")
         axes.set_ylabel(name)
         tidy(axes)

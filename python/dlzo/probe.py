@@ -167,9 +167,10 @@ class ProbeReport:
         (arXiv 2411.07191).
         """
         largest = {(stats.site, stats.layer): stats.channels[0].channel for stats in self.sites}
-        row = largest.get(("mlp", self.decision.layer))
-        column = largest.get(("down_input", self.decision.layer))
-        return None if row is None or column is None else (row, column)
+        layer = self.decision.layer
+        if layer is None or not {("mlp", layer), ("down_input", layer)} <= largest.keys():
+            return None
+        return largest["mlp", layer], largest["down_input", layer]
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -279,7 +280,7 @@ def probe(
     jumps = [None, *(after / before for before, after in pairwise(absmax))]
     rows = zip(range(len(sites)), absmax, kurtosis, jumps, strict=True)
     return ProbeReport(
-        model.name_or_path,
+        str(model.name_or_path),
         decision,
         [LayerStats(*row) for row in rows],
         list(_site_stats(found, sites, tokenizer)),
@@ -415,7 +416,7 @@ def _site_stats(
                     peak.channel,
                     peak.absmax,
                     peak.texts,
-                    tokenizer.decode([peak.token]),
+                    str(tokenizer.decode([peak.token])),
                     peak.position,
                 )
                 for peak in found.peaks(site, layer, LENGTHS[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from dlzo.config import MAX_RANK, TrainConfig
 from dlzo.errors import UserError
@@ -37,10 +38,10 @@ class Rule:
     ) -> tuple[int, ZOStep]:
         """The seed of the step of that number, from 1, and the open step."""
         seed = step_seed(self.seed, number)
-        options = {"directions": directions, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"directions": directions, "weight_decay": self.weight_decay}
         if self.rank:
-            low_rank = {"rank": self.rank, "v_seed": self._v_seed(number)}
-            return seed, LowRankStep(layer, seed, eps, lr, **low_rank, **options)
+            v_seed = self._v_seed(number)
+            return seed, LowRankStep(layer, seed, eps, lr, rank=self.rank, v_seed=v_seed, **options)
         return seed, zo_step(layer, seed, eps, lr, **options)
 
     def replay(self, layer: Layer, steps: Iterable[Step]) -> None:
@@ -49,8 +50,8 @@ class Rule:
         One pass over it per 1,024 updates; with weight decay or low-rank directions per step.
         """
         if not self.rank and not self.weight_decay:
-            updates = _updates(steps)
-            while chunk := list(islice(updates, _CHUNK)):
+            all_updates = _updates(steps)
+            while chunk := list(islice(all_updates, _CHUNK)):
                 zo_replay(layer, *zip(*chunk, strict=True))
             return
         for step in steps:

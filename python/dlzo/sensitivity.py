@@ -148,9 +148,9 @@ def sensitivity(
         )
     count = len(decoder_layers(model))
     chosen = range(count) if layers is None else layers
-    for layer in chosen:
-        if not 0 <= layer < count:
-            raise UserError(f"layer is {layer}: the model has layers 0 to {count - 1}")
+    for index in chosen:
+        if not 0 <= index < count:
+            raise UserError(f"layer is {index}: the model has layers 0 to {count - 1}")
     zs = [step_seed(seed, step) for step in range(1, seeds + 1)]
     found = []
     with sole_use(model):
@@ -170,7 +170,7 @@ def sensitivity(
             found.append(LayerSensitivity(index, signal, _sign_stability(differences), growth))
             on_layer(found[-1])
     return SensitivityReport(
-        model.name_or_path,
+        str(model.name_or_path),
         definition.name,
         dtype_name(model),
         seeds,
@@ -197,7 +197,7 @@ def _differences(
     scorer: Scorer, batch: Sequence[EncodedExample], seeds: Sequence[int], eps: float
 ) -> list[float]:
     """L(+) - L(-) of each seed."""
-    steps = [zo_step(scorer.layer, seed, eps, 0.0) for seed in seeds]
+    steps = [zo_step(scorer.layers, seed, eps, 0.0) for seed in seeds]
     states = [state for step in steps for state in (step.plus, step.minus)]
     losses = scorer.losses(scorer.plan(batch), states)
     if not all(map(math.isfinite, losses)):

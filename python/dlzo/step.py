@@ -75,7 +75,8 @@ def _losses(
 
     The ranks take directions where these can be shared out evenly, and else examples.
     """
-    mine, share = range(directions), batch
+    mine: Sequence[int] = range(directions)
+    share = batch
     if shares_examples(directions):
         share = distributed.share_of(batch)
     else:

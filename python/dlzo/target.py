@@ -77,7 +77,7 @@ class Target:
     def modules(self) -> list[nn.Module]:
         """What holds the tuned parameters; their streams of noise are numbered through it."""
         if self.adapters is not None:
-            return self.adapters.matrices
+            return [*self.adapters.matrices]
         if self.channels:
             return list(self._views.values())
         if not self.layers:
@@ -165,5 +165,5 @@ def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
         for name, parameter in module.named_parameters():
             tensor = parameter.detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

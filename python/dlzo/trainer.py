@@ -321,7 +321,7 @@ class _Run:
         batches = [batch_indices(config.seed, n, size, config.batch_size) for n in epoch]
         validation_set = self.validation_set
         if shares_examples(config.directions):
-            validation_set = distributed.share_of(validation_set)
+            validation_set = [*distributed.share_of(validation_set)]
             # In the next epoch, a rank would take others of the batches.
             if config.steps == len(epoch):
                 batches = [distributed.share_of(batch) for batch in batches]
@@ -384,7 +384,7 @@ class _Run:
             batch_size=config.batch_size,
             directions=config.directions,
             eps=config.eps,
-            lr=config.lr,
+            lr=float(config.lr),
             seed=config.seed,
             dtype=dtype_name(self.model),
             zero_shot=progress.untuned,
@@ -453,7 +453,7 @@ def _resolved(
     if channels == "outlier":
         tuned = Target(model, layers).decoder_layers
         channels = outlier_channels(model, tokenizer, tuned, config.top)
-    elif channels != "all":
+    elif not isinstance(channels, str):
         channels = sorted(set(channels))
     return replace(config, layer=layers, channels=channels)
 

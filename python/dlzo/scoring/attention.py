@@ -40,7 +40,10 @@ _row: ContextVar[_Row] = ContextVar("row")
 @contextmanager
 def attend_within(model: PreTrainedModel, trees: Sequence[Tree]) -> Iterator[None]:
     """Lets each attention of the model see a row of these trees, end to end, each by itself."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    found: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+    }
+    configs = found.values()
     before = [config._attn_implementation for config in configs]
     token = _row.set(_Row(trees, _parents(trees)))
     try:
@@ -87,7 +90,7 @@ def attention_within_trees(
     if attention_mask is not None or unknown:
         raise UnsupportedAttentionError(", ".join(unknown) or "attention_mask")
     row = _row.get()
-    terms = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+    terms: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if has_kernel(query, value):
         # Under autocast, what was rotated is in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
@@ -108,8 +111,8 @@ def _tree_by_tree(
     start = 0
     for tree in trees:
         span = slice(start, start + len(tree.tokens))
-        parts = (part[:, :, span] for part in (query, key, value))
-        out[:, span] = _attend(*parts, tree, **terms).transpose(1, 2)
+        q, k, v = (part[:, :, span] for part in (query, key, value))
+        out[:, span] = _attend(q, k, v, tree, **terms).transpose(1, 2)
         start = span.stop
     return out
 

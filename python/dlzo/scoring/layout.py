@@ -133,7 +133,7 @@ def pack_trees(trees: Sequence[Tree], row_tokens: int, multiple_of: int = 1) -> 
         if missing := -_total_tokens(group) % multiple_of:
             chain = tuple(range(missing))
             group.append(Tree((0,) * missing, {}, (-1, *chain[:-1]), chain))
-        places = {}
+        places: dict[Tokens, tuple[int, Tensor]] = {}
         start = 0
         for tree in group:
             places |= {sequence: (0, path + start) for sequence, path in tree.paths.items()}

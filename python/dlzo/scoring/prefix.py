@@ -133,5 +133,5 @@ class FrozenWeights:
         for name, parameter in parameters:
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
             flat = parameter.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -89,7 +89,7 @@ def _parse(values: Mapping[str, Any]) -> Task:
     options, option_fields = _parse_options(values)
     label = _text(values, "label")
     field = Field((label,), "an integer or a string", _is_short)
-    loss = _text(values, "loss") if "loss" in values else "options"
+    loss: Any = _text(values, "loss") if "loss" in values else "options"  # Task checks it
     fields = (*prompt.fields, *option_fields, field)
     return Task(name, fields, _choice(prompt, options, label), loss=loss)
 
