@@ -316,6 +316,31 @@ def bench_attention(results: Results) -> None:
                             gflop_per_s=gflops, speedup=speedup)  # fmt: skip
 
 
+def bench_norm(results: Results) -> None:
+    """1,024 tokens of SmolLM2, against torch's norm and against the operations of Llama's."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.randn(1024, 576).to(dtype), torch.ones(576, dtype=dtype)
+
+        def as_llama(x: Tensor = x, weight: Tensor = weight) -> Tensor:
+            wide = x.float()
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return weight * wide.to(x.dtype)
+
+        runs: dict[str, Run] = {
+            "torch": lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-5),
+            "llama": as_llama,
+            "ours": lambda x=x, w=weight: dk.rms_norm(x, w, 1e-5),
+        }
+        name = str(dtype).removeprefix("torch.")
+        for count in (1, 2):
+            with threads(count):
+                times = interleaved(runs)
+            results.add(f"torch's rms_norm {name}", count, x.numel(), times["torch"])
+            results.add(f"Llama's norm {name}", count, x.numel(), times["llama"])
+            results.add(f"rms_norm {name}", count, x.numel(), times["ours"],
+                        speedup=ratio(times, "llama", "ours"))  # fmt: skip
+
+
 def bench_calls(results: Results) -> None:
     """The cost of a call on a small tensor."""
     w, out = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
@@ -357,6 +382,7 @@ def main() -> None:
         bench_threads(results)
         bench_accumulate(results)
         bench_attention(results)
+        bench_norm(results)
         bench_calls(results)
         # Last, for the pool that reads stays: beside it torch's threads wake late.
         bench_stats(results, limits)

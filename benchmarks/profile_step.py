@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import dlzo_kernels.step
 from dlzo.models import parse_dtype
 from dlzo.sampler import batch_of, step_seed
-from dlzo.scoring import attention
+from dlzo.scoring import attention, norms
 from dlzo.tasks import get_task, load_split
 
 PROFILE = RESULTS / "profile.csv"
@@ -36,6 +36,7 @@ MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 # Kernels of ours, which torch's profiler does not see by itself.
 OURS = (
     (attention, "tree_attention", "attention"),
+    (norms, "rms_norm", "norm"),
     (dlzo_kernels.step, "perturb_layer", "noise"),
     (dlzo_kernels.step, "accumulate_layer", "noise"),
 )

@@ -161,6 +161,14 @@ PYBIND11_MODULE(_C, module) {
                        softcap, threads);
       },
       unlocked);
+  module.def(
+      "rms_norm",
+      [](uintptr_t out, uintptr_t x, uintptr_t weight, int dtype, int64_t rows, int64_t size,
+         float eps, int threads) {
+        rms_norm(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(x),
+                 reinterpret_cast<const char*>(weight), dtype_of(dtype), rows, size, eps, threads);
+      },
+      unlocked);
   module.def("isas", [] {
     std::vector<std::tuple<std::string, bool, bool, std::string>> rows;
     for (const Isa& isa : isas()) rows.emplace_back(isa.name, isa.built, isa.runs, isa.reason);

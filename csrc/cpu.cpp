@@ -300,4 +300,14 @@ void tree_attention(const View& query, const View& key, const View& value, const
   parallel_for(useful, 1, threads, attend_tiles);
 }
 
+void rms_norm(char* out, const char* x, const char* weight, DType dtype, int64_t rows, int64_t size,
+              float eps, int threads) {
+  const Kernels& isa = kernels();
+  const int64_t step = size * size_of(dtype), grain = (kMinStats + size - 1) / size;
+  parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++)
+      isa.rms_norm(out + r * step, x + r * step, weight, dtype, size, eps);
+  });
+}
+
 }  // namespace dlzo

@@ -46,4 +46,8 @@ void tree_attention(const View& query, const View& key, const View& value, const
                     const int64_t* parents, const AttentionSizes& sizes, float scale,
                     int64_t window, float softcap, int threads);
 
+// Each row of a contiguous (rows, size) matrix by itself; `weight` has `size` values.
+void rms_norm(char* out, const char* x, const char* weight, DType dtype, int64_t rows, int64_t size,
+              float eps, int threads);
+
 }  // namespace dlzo

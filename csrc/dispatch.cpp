@@ -13,7 +13,7 @@ struct Entry {
 #define DLZO_TABLE(isa)                                                                          \
   static const Kernels isa##_kernels = {isa::gaussian,    isa::perturb,         isa::round_into, \
                                         isa::moments,     isa::channel_moments, isa::pack_keys,  \
-                                        isa::pack_values, isa::attend};
+                                        isa::pack_values, isa::attend,          isa::rms_norm};
 
 DLZO_TABLE(baseline)
 #if defined(__x86_64__)

@@ -66,6 +66,8 @@ struct Kernels {
   void (*pack_keys)(float* keys, const Vectors& of, int64_t size);
   void (*pack_values)(float* values, const Vectors& of, int64_t size);
   void (*attend)(const Attention& attention, const Row* rows, int count, float* scratch);
+  void (*rms_norm)(char* out, const char* x, const char* weight, DType dtype, int64_t size,
+                   float eps);
 };
 
 #define DLZO_DECLARE_ISA(isa)                                                          \
@@ -78,6 +80,7 @@ struct Kernels {
   void pack_keys(float*, const Vectors&, int64_t);                                     \
   void pack_values(float*, const Vectors&, int64_t);                                   \
   void attend(const Attention&, const Row*, int, float*);                              \
+  void rms_norm(char*, const char*, const char*, DType, int64_t, float);               \
   }
 DLZO_DECLARE_ISA(baseline)
 DLZO_DECLARE_ISA(avx2)

@@ -18,6 +18,7 @@ from dlzo_kernels.ops.accumulate import accumulate_
 from dlzo_kernels.ops.activation_stats import ActivationStats, activation_stats
 from dlzo_kernels.ops.gaussian import gaussian
 from dlzo_kernels.ops.perturb import perturb_, perturb_into
+from dlzo_kernels.ops.rms_norm import rms_norm
 from dlzo_kernels.ops.tree_attention import tree_attention
 from dlzo_kernels.step import StepResult, ZOStep, update_scales, zo_replay, zo_step
 
@@ -38,6 +39,7 @@ __all__ = [
     "low_rank_replay",
     "perturb_",
     "perturb_into",
+    "rms_norm",
     "tree_attention",
     "update_scales",
     "zo_replay",

@@ -156,6 +156,13 @@ def perturb(
     return base + np.float32(scale) * z
 
 
+def rms_norm(
+    x: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], eps: float
+) -> npt.NDArray[np.float64]:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; the quotient is rounded first."""
+    return weight * (x / np.sqrt((x * x).mean(-1, keepdims=True) + eps))
+
+
 def visible_tokens(parents: list[int], window: int | None = None) -> npt.NDArray[np.bool_]:
     """Which tokens each one attends to: bool, shape (tokens, tokens), its own in its row.
 

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
-from dlzo.scoring import PrefixCache, Scorer
+from dlzo.scoring import PrefixCache, Scorer, norms
+from dlzo.scoring.norms import rms_norms
 from dlzo.tasks import Example
+from dlzo_kernels import rms_norm
 from tiny import CONFIGS, byte_tokenizer, tiny_model
 
 SENTIMENT = (" terrible", " great")
@@ -321,6 +323,86 @@ def test_rows_of_sixteen_bit_models_have_few_lengths():
         lengths[dtype] = [plan.positions for plan in plans]
     for exact, rounded in zip(*lengths.values(), strict=True):
         assert rounded == exact + -exact % 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_that_the_kernel_computes_are_found(dtype):
+    found = {family: len(rms_norms(tiny_model(family, dtype))) for family in CONFIGS}
+    # OLMo-2 rounds once, which shows in 16 bits.
+    once = {"olmo2": 17} if dtype == torch.float32 else {}
+    expected = {"llama": 9, "mistral": 9, "qwen3": 17, **once}
+    assert {family: count for family, count in found.items() if count} == expected
+
+
+class OtherNorm(torch.nn.Module):
+    """Llama's but for one thing."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.weight, self.eps, self.change = torch.nn.Parameter(torch.ones(32)), 1e-5, change
+
+    def forward(self, x):
+        x, eps = self.change(x), self.eps
+        return self.weight * (x / (x * x).mean(-1, keepdim=True).add(eps).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda x: x, True),
+        (lambda x: x - x.mean(-1, keepdim=True), False),
+        (lambda x: x.abs(), False),
+        (lambda x: x.clamp(max=3), False),
+        (lambda x: x.double(), False),
+        (lambda x: x[..., :16], False),
+    ],
+)
+def test_a_norm_is_known_by_what_it_does(change, same):
+    assert (len(rms_norms(OtherNorm(change))) == 1) == same
+
+
+def test_epsilon_counts_for_what_a_norm_does():
+    norm = OtherNorm(lambda x: x)
+    norm.eps, norm.other = "in other hands", 1e-4
+    norm.forward = None
+    assert rms_norms(norm) == {}
+    del norm.forward
+    assert rms_norms(norm) == {}  # the eps of its formula is no number
+    norm.eps = 1e-5
+    assert rms_norms(norm) == {norm: 1e-5}
+
+
+def test_hooks_do_not_see_the_trial_and_see_what_is_scored():
+    model = tiny_model()
+    seen = []
+    model.model.norm.register_forward_hook(lambda *_: seen.append(1))
+    assert len(rms_norms(model)) == 9
+    assert seen == []
+    scorer = Scorer(model, byte_tokenizer())
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    seen.clear()
+    scorer.losses(plan)
+    assert len(seen) == len(plan.packs)
+
+
+def test_the_kernel_computes_the_norms(monkeypatch):
+    model, calls = tiny_model(), []
+
+    def counted(x, *rest):
+        calls.append(x)
+        return rms_norm(x, *rest)
+
+    monkeypatch.setattr(norms, "rms_norm", counted)
+    scorer = Scorer(model, byte_tokenizer())
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    calls.clear()
+    scorer.losses(plan)
+    assert len(calls) == 9 * len(plan.packs)
+    assert "9 RMS norms by dlzo_kernels.rms_norm" in plan.explain()
+    # Where the kernel computed something else, the model's own norms would stay.
+    monkeypatch.setattr(norms, "rms_norm", lambda x, *_: 2 * x)
+    plan = Scorer(model, byte_tokenizer()).plan(plan.batch)
+    assert "0 RMS norms by dlzo_kernels.rms_norm" in plan.explain()
 
 
 def test_plan_explains_itself():

@@ -29,6 +29,7 @@ from dlzo.scoring.forward import (
     under_states,
 )
 from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
+from dlzo.scoring.norms import by_kernel, rms_norms
 from dlzo.scoring.prefix import FrozenWeights, PrefixCache
 from dlzo.tasks import Example, TrainingLoss
 
@@ -162,6 +163,7 @@ class Scorer:
         self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
         self._head = model.get_output_embeddings()
         self._last_mlp: nn.Module | None = None
+        self._norms: dict[nn.Module, float] = {}
         self._takes_input = False
         self._frozen = FrozenWeights(model, self.layer)
         self._below: dict[nn.Module, tuple[None, ...] | None] = {}
@@ -273,6 +275,7 @@ class Scorer:
             yield "the last layer's MLP at the positions that are read"
         else:
             yield f"the last layer's MLP at all positions: {self.mlp_problem}"
+        yield f"{len(self._norms)} RMS norms by dlzo_kernels.rms_norm, others as the model has them"
         if self.layer is None:
             return
         if self.states_problem is None:
@@ -405,9 +408,8 @@ class Scorer:
 
     def _forward(self, pack: Pack) -> Any:
         inputs = {name: tensor.to(self.model.device) for name, tensor in pack.inputs.items()}
-        if pack.trees is None:
-            return self.model(**inputs, use_cache=False)
-        with attend_within(self.model, pack.trees):
+        trees = attend_within(self.model, pack.trees) if pack.trees is not None else nullcontext()
+        with trees, by_kernel(self._norms):
             return self.model(**inputs, use_cache=False)
 
     def _layer_input(self, pack: Pack) -> Tensor:
@@ -445,6 +447,9 @@ class Scorer:
         batch = _two_options(first, second)
         plain = _plan(batch, pad_rows((first, second), row_tokens=1))
         expected = self._scores(plain, (), normalised=True)
+        self._norms = rms_norms(self.model)
+        if self._problem(plain, (), expected) is not None:
+            self._norms = {}
         self.mlp_problem = self._find_last_mlp(plain, expected)
         best = _plan(batch, self._lay_out({first, second}))
         self.trees_problem = self._problem(best, (), expected) or self._leak()
