@@ -75,13 +75,14 @@ def test_untuned_adapters_change_nothing_and_come_out_again(family, dtype, layer
     target = Target(model, layers, lora=Lora(3, 5))
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.equal(logits(model), expected)
+    assert model._hf_peft_config_loaded
     own = [name for name in target.parameters if f".{1}." in name]
     places = [name.rpartition(".lora_")[0] for name in own]
     assert tuple(dict.fromkeys(places)) == PROJECTIONS[family]
     assert len(target.parameters) == len(own) * (1 if layers else 4)
     with pytest.raises(Killed), target.undone_by_error():
         raise Killed
-    assert same(state(model), before)
+    assert same(state(model), before) and not model._hf_peft_config_loaded
     assert all(parameter.requires_grad for parameter in model.parameters())
     Target(model, layers, lora=Lora(3, 5))
 

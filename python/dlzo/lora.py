@@ -70,7 +70,7 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[nn.Module], lora: Lora) -> None:
         # Imported late: not everybody has it, and it is slow.
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         if getattr(model, "peft_config", None):
             raise UserError(f"this {type(model).__name__} has adapters already: load it anew")
@@ -88,7 +88,9 @@ class Adapters:
         required = [(p, p.requires_grad) for p in model.parameters()]
         # What PEFT draws is replaced.
         with torch.random.fork_rng(devices=[]):
-            model.add_adapter(LoraConfig(**self.settings), NAME)
+            # Not by the model's add_adapter, which may ask for a PEFT that is not out yet.
+            inject_adapter_in_model(LoraConfig(**self.settings), model, NAME)
+        model._hf_peft_config_loaded = True  # save_pretrained then knows of them
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
         wrapped: list[Any] = [model.get_submodule(name) for name in names]
