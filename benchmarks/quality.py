@@ -351,7 +351,8 @@ def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
         axes.set_title(
             f"{task}, SmolLM2-135M-Instruct, {SWEEP_STEPS[task]} zeroth-order steps", loc="left"
         )
-        axes.legend(frameon=False)
+        axes.margins(y=0.25)  # room for the legend
+        axes.legend(ncols=4, loc="upper left", framealpha=1, edgecolor="none")
         tidy(axes)
     figure.savefig(SWEEP_FIGURE, dpi=120)
 
