@@ -325,6 +325,17 @@ def test_rows_of_sixteen_bit_models_have_few_lengths():
         assert rounded == exact + -exact % 16
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [(torch.float64, 512), (torch.float32, 1024), (torch.bfloat16, 2048), (torch.float16, 2048)],
+)
+def test_a_forward_takes_as_many_tokens_as_the_caches_bear(dtype, most):
+    scorer = Scorer(tiny_model(dtype=dtype), byte_tokenizer())
+    texts = [Example(f"{i} {' '.join(map(str, range(20)))}", (" a", " b"), 0) for i in range(80)]
+    packs = scorer.plan(scorer.encode(texts)).packs
+    assert most - 100 < max(pack.positions for pack in packs) <= most
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_that_the_kernel_computes_are_found(dtype):
     found = {family: len(rms_norms(tiny_model(family, dtype))) for family in CONFIGS}

@@ -228,7 +228,8 @@ def _hidden_states(model: PreTrainedModel, batch: Sequence[EncodedExample]) -> l
         rows = [hidden[row, columns] for row, columns in pack.places.values()]
         found[index].append(torch.cat(rows).cpu())
 
-    for pack in pad_rows((s for example in batch for s in example.sequences), ROW_TOKENS):
+    sequences = (s for example in batch for s in example.sequences)
+    for pack in pad_rows(sequences, ROW_TOKENS[model.dtype.itemsize]):
         with ExitStack() as stack:
             for index, layer in enumerate(layers):
                 hook = layer.register_forward_hook(partial(record, index, pack))

@@ -33,8 +33,9 @@ from dlzo.scoring.norms import by_kernel, rms_norms
 from dlzo.scoring.prefix import FrozenWeights, PrefixCache
 from dlzo.tasks import Example, TrainingLoss
 
-# Enough for matrix products at full speed, and few enough for the caches of a core.
-ROW_TOKENS = 512
+# By bytes of a number: a product packs its weights anew each time, which many rows outweigh; with
+# more than these, what lies between the products no longer fits the caches.
+ROW_TOKENS = {8: 512, 4: 1024, 2: 2048}
 # How far two ways to the same mean log-probability may lie apart by rounding, by bytes of a number.
 _CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.5}
 # By model: threads wait for their turn at a forward. `sole_use`, for a whole run, refuses instead.
@@ -134,7 +135,8 @@ class Scorer:
         loss: "options": cross-entropy over the options' mean log-probabilities; "gold": mean
             cross-entropy over the tokens of all gold options (MeZO, arXiv 2305.17333).
         cache: Keeps the tuned layer's inputs; filled by `cache_prefixes`.
-        row_tokens: The most tokens in one forward, unless a single tree is larger.
+        row_tokens: The most tokens in one forward, unless a single tree is larger; by default 2048
+            in 16 bits, 1024 in float32.
     """
 
     def __init__(
@@ -145,14 +147,14 @@ class Scorer:
         *,
         loss: TrainingLoss = "options",
         cache: PrefixCache | None = None,
-        row_tokens: int = ROW_TOKENS,
+        row_tokens: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.layers = [layer] if isinstance(layer, nn.Module) else list(layer)
         self.layer = self._lowest_layer()
         self.loss = loss
-        self.row_tokens = row_tokens
+        self.row_tokens = row_tokens or ROW_TOKENS[model.dtype.itemsize]
         self.max_length = max_length(model)
         self.cache: PrefixCache | None = None
         self.mlp_problem: str | None = None
