@@ -4,14 +4,17 @@
 
 Reads the code of the CUDA column out of the installed extension, and has Triton compile its column
 for the same architectures. One row for each column, architecture and kernel: registers of a thread,
-spilled bytes, shared memory, and the instructions that the shortest way through the inner loop
-issues for an element, by class. Lands in results/gpu_static.csv; exits with an error where a limit
-is exceeded. Needs Triton, whose wheel has nvdisasm and cuobjdump; takes some minutes.
+bytes of its stack, how many instructions spill to it, shared memory, and the instructions that the
+shortest way through the inner loop issues for an element, by class. What a kernel calls (the slow
+path of a root) may save registers on the stack; that is no spill, for ptxas neither. Lands in
+results/gpu_static.csv; exits with an error where a limit is exceeded. Needs Triton, whose wheel has
+nvdisasm and cuobjdump; takes some minutes.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import heapq
 import re
 import subprocess
@@ -19,7 +22,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 from dlzo_kernels import _C
@@ -38,7 +44,7 @@ CLASSES = {
     "special": r"MUFU",
     "control": r"BRA|BSSY|BSYNC|EXIT|CALL|RET|WARPSYNC|NOP|BAR|YIELD",
 }  # whatever else: integer and logic
-FIELDS = ("column", "architecture", "kernel", "registers", "spilled_bytes", "shared_bytes")
+FIELDS = ("column", "architecture", "kernel", "registers", "stack_bytes", "spills", "shared_bytes")
 COUNTS = ("per_element", *CLASSES, "integer", "fused", "roots")
 # Instructions for an element, and registers, that no architecture must exceed.
 LIMITS = {
@@ -55,7 +61,7 @@ REGISTERS = {
         "sum_columns": 96,
     },
 }
-SPILLS = {"cuda": 0, "triton": 8, "tree_attention_float32_256": 288}  # bytes
+SPILLING = "tree_attention_float32_256"  # the one kernel that may
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,15 @@ def cubins(extension: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def machine_code(cubin: bytes) -> dict[str, list[Instruction]]:
-    """The instructions of each kernel."""
+    """The instructions of each kernel, without those of what it calls."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(tool("nvdisasm")), "-c", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     sections = re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]
-    return {re.match(r"[\w$]+", section)[0]: _instructions(section) for section in sections}
+    bodies = [re.split(r"^\$__internal\S+:", section, flags=re.M)[0] for section in sections]
+    return {re.match(r"[\w$]+", body)[0]: _instructions(body) for body in bodies}
 
 
 def _instructions(section: str) -> list[Instruction]:
@@ -184,7 +191,8 @@ def row_of(
         "architecture": architecture,
         "kernel": kernel,
         "registers": used.registers,
-        "spilled_bytes": used.spills,
+        "stack_bytes": used.stack,
+        "spills": sum(x.opcode.startswith(("LDL", "STL")) for x in code),
         "shared_bytes": used.shared,
     }
     if required := required_opcodes(column, kernel):
@@ -206,11 +214,19 @@ def cuda_rows() -> Iterator[dict[str, object]]:
             yield row_of("cuda", architecture, kernel, code, used[kernel])
 
 
-def triton_row(architecture: int, kernel: str, plan: Plan) -> dict[str, object]:
-    """What Triton makes of a plan of `every_kernel`, given its name there."""
+@functools.cache
+def plans() -> dict[str, Plan]:
+    """A launch of each kernel of Triton's column."""
+    from ptx.triton_ptx import every_kernel
+
+    return dict(sorted(every_kernel()))
+
+
+def triton_row(architecture: int, kernel: str) -> dict[str, object]:
+    """What Triton makes of one of `plans`."""
     from ptx.triton_ptx import compile_plan
 
-    compiled = compile_plan(plan, f"sm_{architecture}")
+    compiled = compile_plan(plans()[kernel], f"sm_{architecture}")
     cubin = compiled.asm["cubin"]
     ((name, code),) = machine_code(cubin).items()
     used = resources(cubin)[name]
@@ -220,13 +236,12 @@ def triton_row(architecture: int, kernel: str, plan: Plan) -> dict[str, object]:
 
 def rows() -> Iterator[dict[str, object]]:
     """All, in order."""
-    from ptx.triton_ptx import every_kernel
-
     cuda = sorted(cuda_rows(), key=lambda row: (row["architecture"], row["kernel"]))
     yield from cuda
-    for architecture in sorted({row["architecture"] for row in cuda}):
-        for kernel, plan in sorted(every_kernel()):
-            yield triton_row(architecture, kernel, plan)
+    architectures = sorted({row["architecture"] for row in cuda})
+    # Not forked: torch has threads by now.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(triton_row, *zip(*product(architectures, plans()), strict=True))
 
 
 def problems(row: dict[str, object]) -> Iterator[str]:
@@ -234,8 +249,8 @@ def problems(row: dict[str, object]) -> Iterator[str]:
     kernel = str(row["kernel"])
     column, where = str(row["column"]), f"{kernel} on sm_{row['architecture']}, {row['column']},"
     op = next((name for name in REGISTERS[column] if kernel.startswith(name)), "")
-    if int(str(row["spilled_bytes"])) > SPILLS.get(kernel, SPILLS[column]):
-        yield f"{where} spills {row['spilled_bytes']} bytes"
+    if row["spills"] and kernel != SPILLING:
+        yield f"{where} spills in {row['spills']} instructions"
     registers, limit = REGISTERS[column].get(op), LIMITS[column].get(op)
     if registers and int(str(row["registers"])) > registers:
         yield f"{where} takes {row['registers']} registers, above {registers}"

@@ -342,14 +342,14 @@ def _run_sums(x: tl.tensor, count: tl.tensor, pivot: tl.tensor, scale: tl.tensor
     sums = _no_sums(_POSITIONS, tl.float32)
     steps = count // _POSITIONS
     for step in tl.range(0, steps, loop_unroll_factor=3):
-        at = step * _POSITIONS + position
-        value = tl.load(x + at)
-        sums = _added(sums, value.to(tl.float32), at, pivot, scale)
-    at = steps * _POSITIONS + position
-    value = tl.load(x + at, mask=at < count, other=0).to(tl.float32)
-    more = _added(sums, value, at, pivot, scale)
-    sums = _Sums(*[tl.where(at < count, more[i], sums[i]) for i in (0, 1, 2, 3, 4, 5)])
-    key, at = tl.reduce((sums.key, sums.at), 0, _first_of_largest)
+        value = tl.load(x + (step * _POSITIONS + position)).to(tl.float32)
+        sums = _added(sums, value, step, pivot, scale)
+    last = steps * _POSITIONS + position
+    value = tl.load(x + last, mask=last < count, other=0).to(tl.float32)
+    more = _added(sums, value, steps, pivot, scale)
+    sums = _Sums(*[tl.where(last < count, more[i], sums[i]) for i in (0, 1, 2, 3, 4, 5)])
+    at = sums.at * _POSITIONS + position  # steps until here: one number for all positions
+    key, at = tl.reduce((sums.key, at), 0, _first_of_largest)
     s = [_tree(sums[i].to(tl.float64)) for i in (0, 1, 2, 3)]
     return _Sums(s[0], s[1], s[2], s[3], key, at)
 
@@ -359,8 +359,8 @@ def _run_kernel(
     x: tl.tensor, columns: tl.tensor, room: _Room, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ) -> None:
     """The moments of one run of a row of x."""
-    program = tl.program_id(0).to(tl.int64)
-    row, start = program // room.pieces, program % room.pieces * _RUN
+    program, pieces = tl.program_id(0), room.pieces.to(tl.int32)  # 64 bits would be a call
+    row, start = (program // pieces).to(tl.int64), (program % pieces).to(tl.int64) * _RUN
     if ALIGNED:
         x = aligned(x, DTYPE) + (row * (columns // 8) * 8 + start)
     else:

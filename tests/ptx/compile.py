@@ -82,12 +82,10 @@ def sass(cubin: bytes) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes: registers per thread, spilled or stacked bytes per thread, and static
-    shared bytes per CTA.
-    """
+    """Registers and bytes of stack of a thread, static shared bytes of a CTA."""
 
     registers: int
-    spills: int
+    stack: int
     shared: int
 
 

@@ -77,7 +77,7 @@ def test_machine_code_is_listed_and_counted(source):
     used = toolchain.resources(cubin)
     assert used["still"].shared == 256
     assert used["shift"].shared == 0
-    assert used["shift"].spills == 0
+    assert used["shift"].stack == 0
     assert 4 < used["shift"].registers < 64
 
 

@@ -68,9 +68,7 @@ def test_triton_exceeds_no_limit(architecture, kernel):
     pytest.importorskip("triton")
     if reason := missing("nvdisasm", "cuobjdump"):
         pytest.skip(reason)
-    from ptx.triton_ptx import every_kernel
-
-    row = gpu_static.triton_row(architecture, kernel, dict(every_kernel())[kernel])
+    row = gpu_static.triton_row(architecture, kernel)
     assert [*gpu_static.problems(row)] == []
     assert row["per_element"] > 10  # the loop was found
 
@@ -81,11 +79,11 @@ def test_what_exceeds_a_limit_is_named():
         "architecture": 90,
         "kernel": "perturb_float32",
         "registers": 99,
-        "spilled_bytes": 4,
+        "spills": 4,
     }
     row |= {"per_element": 70.0, "fused": 9, "roots": 4}
     assert list(gpu_static.problems(row)) == [
-        "perturb_float32 on sm_90, cuda, spills 4 bytes",
+        "perturb_float32 on sm_90, cuda, spills in 4 instructions",
         "perturb_float32 on sm_90, cuda, takes 99 registers, above 48",
         "perturb_float32 on sm_90, cuda, takes 70.0 instructions an element, above 51.0",
         "perturb_float32 on sm_90, cuda, has 9 fused operations for 4 roots",

@@ -124,7 +124,7 @@ def test_attention_compiles_for_every_target(dtype, sizes, options, target):
     aligned = sizes[0] == sizes[1]
     assert ("ld.global.b16" in asm["ptx"]) != aligned
     (used,) = resources(asm["cubin"]).values()
-    assert used.spills <= (24 if aligned else 88)
+    assert used.stack <= (24 if aligned else 88)
 
 
 @pytest.mark.skipif(missing("nvdisasm") is not None, reason=str(missing("nvdisasm")))
