@@ -1,7 +1,8 @@
 """MeZO as published (arXiv 2305.17333): the baseline that the package is measured against.
 
 Written from its description, on plain transformers: one padded batch of whole texts, all logits,
-and four passes over the weights that each draw the noise anew.
+and four passes over the weights that each draw the noise anew. Weight decay is left out: the
+official update adds the term for matrices even where it is 0, so this one is a little faster.
 """
 
 from __future__ import annotations

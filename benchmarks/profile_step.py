@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from speed import BATCH_SIZE, DTYPES, RESULTS, TASKS, Contestants, Step, milliseconds
-from tables import write_rows
+from tables import read_rows, write_rows
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import dlzo_kernels.step
@@ -120,7 +120,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sst2", "rte", "drop"])
     arguments = parser.parse_args()
     rows = [row for dtype in DTYPES for row in measure(arguments.data, arguments.tasks, dtype)]
-    write_rows(PROFILE, rows)
+    kept = [row for row in read_rows(PROFILE) if row["task"] not in arguments.tasks]
+    write_rows(PROFILE, [*kept, *rows])
     for row in rows:
         print(*row.values(), sep="\t")
 

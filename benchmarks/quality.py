@@ -130,7 +130,7 @@ class Bench:
         """The row of a run, made now if it is missing and there is data."""
         layer, eps, lr = ",".join(map(str, config.layers)), f"{config.eps:g}", f"{config.lr:g}"
         run = Run(config.task, method, layer, eps, lr, str(config.seed), str(config.steps))
-        found = find(RUNS, asdict(run))
+        found = find_run(run, test)
         if found or self.data is None:
             return found
         model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
@@ -142,6 +142,8 @@ class Bench:
             metrics = train(model, tokenizer, config, self._training_data(config.task), out)
         # The model is left with the best weights.
         tested = evaluate(model, tokenizer, config.task, self.data / config.task) if test else {}
+        if found := find_run(run, test):  # by another process meanwhile
+            return found
         append(CURVES, CURVE_FIELDS, curve(run, metrics["history"]))
         row = asdict(run) | {"best_step": metrics["best"]["step"], "skipped": metrics["skipped"]}
         row |= figures("best_validation", metrics["best"])
@@ -149,7 +151,7 @@ class Bench:
         row |= {"step_ms": metrics["step_ms_median"], "threads": torch.get_num_threads()}
         append(RUNS, RUN_FIELDS, [row])
         shutil.rmtree(out)
-        return find(RUNS, asdict(run))
+        return find_run(run, test)
 
     def search(self, config: TrainConfig) -> dict[str, str] | None:
         """The row of what lr "auto" finds for a layer, as `run`."""
@@ -181,6 +183,12 @@ class Bench:
                 lines = file.readlines()
             (folder / name).write_text("".join(lines[: 8 if name == "test.jsonl" else None]))
         return folder
+
+
+def find_run(run: Run, test: bool) -> dict[str, str] | None:
+    """The row of a finished run; with `test` only if it was tested, as those of a sweep are not."""
+    rows = (row for row in read_rows(RUNS) if asdict(run).items() <= row.items())
+    return next((row for row in rows if row["test_loss"] or not test), None)
 
 
 def figures(prefix: str, found: Evaluation) -> dict[str, str]:
@@ -292,6 +300,7 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
         "method": method,
         "metric": metric,
         "steps": rows[0]["steps"],
+        "eps": rows[0]["eps"],
         "lr": rows[0]["lr"],
         "seeds": len(values),
         "mean": f"{mean(values):.4f}",
@@ -330,7 +339,7 @@ def mean_curve(curves: Iterable[dict[str, str]], row: dict[str, Any]) -> dict[in
     """Validation accuracy by step of a row of the table, the mean over its seeds."""
     accuracies: dict[int, list[float]] = {}
     for point in curves:
-        if all(point[name] == row[name] for name in ("task", "method", "lr", "steps")):
+        if all(point[name] == row[name] for name in ("task", "method", "eps", "lr", "steps")):
             accuracies.setdefault(int(point["step"]), []).append(
                 float(point["validation_accuracy"])
             )

@@ -177,7 +177,6 @@ def fuzz(count: int, work: Path) -> dict[str, Any]:
             kept.write_bytes(data)
     return {
         "inputs": count,
-        "crashes": 0,
         "kinds_of_refusal": len(outcomes) - ("read" in outcomes),
         "read": outcomes["read"],
     }

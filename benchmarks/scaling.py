@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 from matplotlib.figure import Figure
-from tables import append, read_rows
+from tables import read_rows, write_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model
@@ -169,8 +169,7 @@ def main() -> None:
     if arguments.memory_of:
         use_memory(arguments.memory_of)
         return
-    RESULTS.unlink(missing_ok=True)
-    append(RESULTS, FIELDS, (dict(zip(FIELDS, row, strict=True)) for row in measure()))
+    write_rows(RESULTS, [dict(zip(FIELDS, row, strict=True)) for row in measure()])
     draw(read_rows(RESULTS))
 
 

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from mezo import Batch, batch_loss, encode_batch, mezo_step
-from tables import append, read_rows, write_rows
+from tables import append, markdown, read_rows, write_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,6 +42,10 @@ DTYPES = ("bfloat16", "float32")
 LAYER = 11  # of SmolLM2-135M, found by `dlzo probe`
 BATCH_SIZE = 16
 EPS, LR = 1e-3, 1e-6
+VARIANTS = (
+    *("two_inferences", "mezo", "mezo_our_kernels", "one_layer_plain_loop"),
+    *("ours_cold", "ours_cached"),
+)
 FIELDS = ("dtype", "task", "round", "variant", "ms", "positions")
 PAPER = 4.52  # the paper's best figure (COPA, LLaMA2-7B; arXiv 2606.05516)
 
@@ -130,6 +134,8 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
         warm: set[str] = set()
         rows = {task: load_split(get_task(task), data / task, "train") for task in tasks}
         for number, task in itertools.product(range(1, rounds + 1), tasks):
+            if done.issuperset((dtype, task, str(number), variant) for variant in VARIANTS):
+                continue
             examples = batch_of(rows[task], 0, number, BATCH_SIZE)
             steps = contestants.steps(task, examples, step_seed(0, number))
             for variant, positions, step in steps:
@@ -155,34 +161,32 @@ def milliseconds(step: Step) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def tabulate() -> list[dict[str, object]]:
+def tabulate() -> list[dict[str, Any]]:
     """One row for each dtype and task: medians of times, and of the ratios within a round."""
-    rounds: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    positions: dict[tuple[str, str, bool], list[int]] = {}
+    rounds: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
     for row in read_rows(TIMES):
         key = row["dtype"], row["task"]
-        rounds.setdefault(key, {}).setdefault(row["round"], {})[row["variant"]] = float(row["ms"])
-        ours = row["variant"].startswith("ours")
-        positions.setdefault((*key, ours), []).append(int(row["positions"]))
+        rounds.setdefault(key, {}).setdefault(row["round"], {})[row["variant"]] = row
     table = []
     for (dtype, task), by_round in sorted(rounds.items(), key=lambda item: _order(item[0])):
-        whole = [times for times in by_round.values() if "ours_cached" in times]
+        whole = [found for found in by_round.values() if len(found) == len(VARIANTS)]
         if not whole:
             continue
-        row: dict[str, object] = {"dtype": dtype, "task": task, "rounds": len(whole)}
-        for variant in whole[0]:
-            row[f"{variant}_ms"] = round(median(times[variant] for times in whole))
+        times = [{name: float(row["ms"]) for name, row in found.items()} for found in whole]
+        row: dict[str, Any] = {"dtype": dtype, "task": task, "rounds": len(whole)}
+        for variant in VARIANTS:
+            row[f"{variant}_ms"] = round(median(by_variant[variant] for by_variant in times))
         for name, over, under in (
             ("mezo_over_cold", "mezo", "ours_cold"),
             ("mezo_over_cached", "mezo", "ours_cached"),
             ("cold_over_two_inferences", "ours_cold", "two_inferences"),
             ("cached_over_two_inferences", "ours_cached", "two_inferences"),
         ):
-            ratios = [times[over] / times[under] for times in whole]
+            ratios = [by_variant[over] / by_variant[under] for by_variant in times]
             row[name] = f"{median(ratios):.2f}"
             row[f"{name}_quartiles"] = _quartiles(ratios)
-        row["plain_positions"] = round(median(positions[dtype, task, False]))
-        row["our_positions"] = round(median(positions[dtype, task, True]))
+        for name, variant in (("plain_positions", "mezo"), ("our_positions", "ours_cold")):
+            row[name] = round(median(int(found[variant]["positions"]) for found in whole))
         table.append(row)
     write_rows(TABLE, table)
     return table
@@ -199,18 +203,43 @@ def _quartiles(values: list[float]) -> str:
     return f"{low:.2f}..{high:.2f}"
 
 
-def draw(table: list[dict[str, object]]) -> None:
+def readable(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the table as docs/speed.md has it: seconds, and ratios with their quartiles."""
+    names = {
+        "mezo": "MeZO's step, s",
+        "mezo_our_kernels": "with our kernels",
+        "one_layer_plain_loop": "one layer, plain loop",
+        "two_inferences": "two inferences",
+        "ours_cold": "our step, s",
+        "ours_cached": "prefix cached",
+    }
+    ratios = {
+        "mezo_over_cold": "MeZO / ours",
+        "mezo_over_cached": "MeZO / ours, cached",
+        "cold_over_two_inferences": "ours / two inferences",
+        "cached_over_two_inferences": "cached / two inferences",
+    }
+    return {
+        "task": row["task"],
+        "positions, plain / ours": f"{row['plain_positions']:,} / {row['our_positions']:,}",
+        **{title: f"{row[f'{name}_ms'] / 1e3:.3g}" for name, title in names.items()},
+        **{title: f"{row[name]} ({row[f'{name}_quartiles']})" for name, title in ratios.items()},
+        "rounds": row["rounds"],
+    }
+
+
+def draw(table: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in table if row["dtype"] == DTYPES[0]]
     places = range(len(rows))
     for shift, name, label in ((-0.2, "cold", "prefix computed"), (0.2, "cached", "prefix cached")):
-        values = [float(str(row[f"mezo_over_{name}"])) for row in rows]
+        values = [float(row[f"mezo_over_{name}"]) for row in rows]
         bars = axes.bar([place + shift for place in places], values, 0.38, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
     label = f"best published: {PAPER} (COPA, LLaMA2-7B)"
     axes.axhline(PAPER, color="tab:red", lw=1, zorder=0, label=label)
-    axes.set_xticks(places, [str(row["task"]) for row in rows])
+    axes.set_xticks(places, [row["task"] for row in rows])
     axes.set_ylabel("times faster than MeZO's step")
     axes.set_title(
         "One step on the dominant layer of SmolLM2-135M, bfloat16, batch 16, two CPU cores",
@@ -232,7 +261,9 @@ def main() -> None:
     measure(arguments.data, arguments.tasks, arguments.dtypes, arguments.rounds)
     table = tabulate()
     draw(table)
-    print(json.dumps(table, indent=1))
+    for dtype in DTYPES:
+        rows = [readable(row) for row in table if row["dtype"] == dtype]
+        print(f"\n{dtype}\n\n{markdown(rows)}" if rows else f"\nnothing yet in {dtype}")
 
 
 if __name__ == "__main__":

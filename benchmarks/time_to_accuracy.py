@@ -139,12 +139,13 @@ def best_settings(task: str, method: str) -> dict[str, str]:
 
 def measure(data: Path, tasks: Sequence[str], methods: Sequence[str], steps: int) -> None:
     """Makes the runs that are not in CURVES."""
-    done = {(row["task"], row["method"]) for row in read_rows(CURVES)}
+    done = {tuple(row[name] for name in FIELDS[:4]) for row in read_rows(CURVES)}
     for task, method in product(tasks, methods):
-        if (task, method) in done:
+        settings = best_settings(task, method)
+        if (task, method, settings["eps"], settings["lr"]) in done:
             continue
         loaded = load_model("smollm2", dtype=torch.bfloat16)
-        run = Run(get_task(task), method, best_settings(task, method), *loaded)
+        run = Run(get_task(task), method, settings, *loaded)
         append(CURVES, FIELDS, list(run.points(data / task, steps)))
 
 
