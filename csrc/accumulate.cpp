@@ -1,6 +1,6 @@
 // accumulate: master += scale_k * z_k for k = 0, 1, ... in order, each as perturb in place would,
 // and out = round(master) at the end. The loop over the directions runs inside a chunk that stays
-// in the L1 cache (accumulate_run in layout.cpp), so the weights pass through memory once.
+// in the L1 cache (kChunk in cpu.cpp), so the weights pass through memory once.
 // Bytes moved per element: the master's size twice, and the size of out.
 #include "kernels.h"
 

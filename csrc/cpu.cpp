@@ -93,8 +93,9 @@ void for_each_run(const View& out, const View& base, Base use, Numbering numberi
         data[i] = parts[i].stride == 1 || count == 1 ? parts[i].data : buffers[i];
         if (data[i] == buffers[i] && i < used) copy_part(parts[i], data[i], count, true);
       }
-      const uint64_t index = numbering.offset + static_cast<uint64_t>(row * numbering.row_stride) +
-                             static_cast<uint64_t>(column);
+      const uint64_t first =
+          static_cast<uint64_t>(row) * static_cast<uint64_t>(numbering.row_stride);
+      const uint64_t index = numbering.offset + first + static_cast<uint64_t>(column);
       body(data[0], data[1], count, index);
       for (int i = 0; i < written; i++)
         if (data[i] == buffers[i]) copy_part(parts[i], data[i], count, false);

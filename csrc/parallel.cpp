@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__x86_64__)
@@ -84,9 +85,15 @@ void parallel_for(int64_t count, int64_t grain, int threads,
   if (pool().found())
     return pool().parallel(run_openmp_part, &job, static_cast<unsigned>(parts), 0);
   std::vector<std::thread> workers;
-  for (int part = 1; part < parts; part++)
-    workers.emplace_back([&job, part, parts] { job.run_part(part, parts); });
+  workers.reserve(static_cast<size_t>(parts));
+  int part = 1;
+  try {
+    for (; part < parts; part++)
+      workers.emplace_back([&job, part, parts] { job.run_part(part, parts); });
+  } catch (const std::system_error&) {  // there are no more threads to be had
+  }
   job.run_part(0, parts);
+  for (; part < parts; part++) job.run_part(part, parts);
   for (std::thread& worker : workers) worker.join();
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dlzo_kernels.ops._common import check_range
+from dlzo_kernels.ops.accumulate import check_directions
 from dlzo_kernels.ops.gaussian import gaussian
 from dlzo_kernels.ops.perturb import perturb_layer
 from dlzo_kernels.step import (
@@ -25,8 +26,9 @@ from dlzo_kernels.step import (
     ZOStep,
     _accumulate,
     _adopted,
+    _Held,
     _Tuned,
-    _uninterrupted,
+    check_keep,
 )
 
 # U and V of a parameter share its stream; the queries of V begin here.
@@ -97,12 +99,17 @@ def low_rank_replay(
         keep: 1 - lr * weight_decay of the step.
 
     Raises:
-        ValueError: as LowRankStep.
+        ValueError: as LowRankStep, or a scale is not finite.
         RuntimeError: a step has the layer perturbed.
     """
+    check_range("v_seed", v_seed, 1 << 64)
+    check_keep(keep)
     tuned = _adopted(layer)
+    queries = range(len(scales))
+    check_directions([seed] * len(scales), scales, queries, tuned[0].live.device)
     _split(tuned, rank)
-    _move(tuned, seed, v_seed, rank, scales, keep)
+    with _Held():
+        _move(tuned, seed, v_seed, rank, scales, keep)
 
 
 def _split(tuned: Sequence[_Tuned], rank: int) -> tuple[list[_Tuned], list[_Tuned]]:
@@ -127,17 +134,16 @@ def _move(
     keep: float,
 ) -> None:
     matrices, others = _split(tuned, rank)
-    with _uninterrupted():
-        if others:
-            queries = range(len(scales))
-            _accumulate(others, [seed] * len(scales), scales, queries, keep=keep)
-        for t in matrices:
-            if keep != 1:
-                t.entry.master.mul_(keep)
-            for query, scale in enumerate(scales):
-                for rows, z in _directions(t, seed, v_seed, rank, query):
-                    t.entry.master[rows].add_(z.mul_(scale / rank))
-        _accumulate(matrices, [], [], [])
+    if others:
+        queries = range(len(scales))
+        _accumulate(others, [seed] * len(scales), scales, queries, keep=keep)
+    for t in matrices:
+        if keep != 1:
+            t.entry.master.mul_(keep)
+        for query, scale in enumerate(scales):
+            for rows, z in _directions(t, seed, v_seed, rank, query):
+                t.entry.master[rows].add_(z.mul_(scale / rank))
+    _accumulate(matrices, [], [], [])
 
 
 def _directions(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import FrameType
 from typing import TypedDict, overload
 
 import torch
@@ -77,7 +78,7 @@ class StepResult:
 
     @property
     def applied(self) -> bool:
-        """False where a number was not finite: then the weights are as they were."""
+        """False where a number was not finite, or a loss above `max_loss`: nothing was moved."""
         return bool(self._read[-1])
 
     @property
@@ -182,15 +183,10 @@ class ZOStep:
         if not isinstance(seed, Tensor):
             check_range("seed", seed, 1 << 64)
         if not (math.isfinite(eps) and 1e-37 < eps < 1e37):
-            raise ValueError(f"eps must be finite and > 0, not {eps}")
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"lr must be finite and >= 0, not {lr}")
+            raise ValueError(f"eps must be between 1e-37 and 1e37, not {eps}")
         if directions < 1:
             raise ValueError(f"directions must be at least 1, not {directions}")
-        if not 0 <= lr * weight_decay < 1:
-            raise ValueError(
-                f"weight_decay must be >= 0, and below 1 when multiplied by lr, not {weight_decay}"
-            )
+        _check_rates(lr, weight_decay)
         self._seed, self._eps, self._lr, self._directions = seed, eps, lr, directions
         self._weight_decay = weight_decay
         self._tuned = _adopted(layer)
@@ -228,57 +224,68 @@ class ZOStep:
             lr: in place of the step's own, where it depends on the losses.
 
         Raises:
-            ValueError: not one loss per direction.
-            RuntimeError: the step was taken already, or the layer is perturbed.
+            ValueError: not one loss per direction, or lr is out of range.
+            RuntimeError: the step was taken already, or the layer is perturbed or was written.
         """
         if self._taken:
             raise RuntimeError("this step was taken already; make another with zo_step")
-        self._refuse_if_perturbed()
+        self._refuse_if_touched()
         plus, minus = _as_list(loss_plus), _as_list(loss_minus)
         if not len(plus) == len(minus) == self._directions:
             raise ValueError(
                 f"{len(plus)} and {len(minus)} losses for {self._directions} directions: "
                 "give one of each per direction"
             )
-        self._lr = self._lr if lr is None else lr
-        return self._finish(plus, minus, max_loss)
+        if lr is not None:
+            _check_rates(lr, self._weight_decay)
+            self._lr = lr
+        with _Held():
+            return self._finish(plus, minus, max_loss)
 
     def _run(self, closure: Callable[[], Loss]) -> StepResult:
-        plus, minus = [], []
-        self._refuse_if_perturbed()
-        try:
-            with torch.no_grad():
-                for direction in range(self._directions):
-                    self._write(self._eps, direction)
-                    plus.append(_kept(closure()))
-                    self._write(-self._eps, direction)
-                    minus.append(_kept(closure()))
-        except BaseException:
-            self._restore()
-            raise
-        return self._finish(plus, minus)
+        plus: list[Loss] = []
+        minus: list[Loss] = []
+        self._refuse_if_touched()
+        with _Held() as held:
+            try:
+                with torch.no_grad():
+                    for direction in range(self._directions):
+                        for scale, losses in ((self._eps, plus), (-self._eps, minus)):
+                            self._write(scale, direction)
+                            with held.lifted():
+                                loss = closure()
+                            losses.append(_kept(loss))
+                return self._finish(plus, minus)
+            except BaseException:
+                self._restore()
+                raise
 
     @contextmanager
     def _perturbed(self, scale: float, direction: int) -> Iterator[None]:
         if not 0 <= direction < self._directions:
             raise ValueError(f"direction must be in [0, {self._directions}), not {direction}")
-        self._refuse_if_perturbed()
-        try:
-            self._write(scale, direction)
-            yield
-        finally:
-            self._restore()
+        self._refuse_if_touched()
+        with _Held() as held:
+            try:
+                self._write(scale, direction)
+                with held.lifted():
+                    yield
+            finally:
+                self._restore()
 
-    def _refuse_if_perturbed(self) -> None:
-        for tuned in self._tuned:
-            if tuned.entry.perturbed:
-                raise RuntimeError(f"{tuned.name} is perturbed by an open step; leave that first")
+    def _refuse_if_touched(self) -> None:
+        for name, live, entry in ((t.name, t.live, t.entry) for t in self._tuned):
+            if entry.perturbed:
+                raise _is_perturbed(name)
+            if entry.was_written(live):
+                raise RuntimeError(
+                    f"{name} was written since the step was opened; make another with zo_step"
+                )
 
     def _write(self, scale: float, direction: int) -> None:
-        with _uninterrupted():
-            for t in self._tuned:
-                t.entry.perturbed = True
-            self._perturb(scale, direction)
+        for t in self._tuned:
+            t.entry.perturbed = True
+        self._perturb(scale, direction)
 
     def _perturb(self, scale: float, direction: int) -> None:
         perturb_layer(self._operands, self._seed, scale, direction)
@@ -289,7 +296,6 @@ class ZOStep:
     def _finish(
         self, plus: list[Loss], minus: list[Loss], max_loss: float = math.inf
     ) -> StepResult:
-        self._taken = True
         devices = {operand.out.device for operand in self._operands}
         losses = [loss for loss in (*plus, *minus) if isinstance(loss, Tensor)]
         if len(losses) == 2 * self._directions and {loss.device for loss in losses} == devices:
@@ -299,6 +305,7 @@ class ZOStep:
         return self._finish_here([*map(float, plus)], [*map(float, minus)], max_loss)
 
     def _finish_here(self, plus: list[float], minus: list[float], max_loss: float) -> StepResult:
+        self._taken = True
         grads = [(p - m) / (2 * self._eps) for p, m in zip(plus, minus, strict=True)]
         scales = update_scales(self._lr, grads)
         applied = all(math.isfinite(loss) and loss <= max_loss for loss in (*plus, *minus)) and all(
@@ -316,6 +323,7 @@ class ZOStep:
 
     def _finish_on(self, device: torch.device, losses: Tensor, max_loss: float) -> StepResult:
         """As _finish_here, to the bit, without waiting for the device."""
+        self._taken = True
         losses = losses.double().view(2, -1)
         # torch multiplies by the reciprocal of a number; a tensor divides.
         twice_eps = torch.full((), 2 * self._eps, dtype=torch.float64, device=device)
@@ -360,16 +368,33 @@ def zo_replay(
         seeds: of z, in [0, 2^64).
         scales: `update_scales` of the steps, one after the other.
         queries: number of the direction of each.
-        keep: what tensors of two or more dimensions are multiplied by first: of a single step with
-            weight decay, 1 - lr * weight_decay.
+        keep: what tensors of two or more dimensions are multiplied by first, in (0, 1]: of a single
+            step with weight decay, 1 - lr * weight_decay.
 
     Raises:
         ValueError: lengths differ, a number is out of range, or a parameter cannot be tuned.
         RuntimeError: a step has the layer perturbed.
     """
+    check_keep(keep)
     tuned = _adopted(layer)
     check_directions(seeds, scales, queries, tuned[0].live.device)
-    _accumulate(tuned, seeds, scales, queries, keep=keep)
+    with _Held():
+        _accumulate(tuned, seeds, scales, queries, keep=keep)
+
+
+def check_keep(keep: float) -> None:
+    """Raises ValueError unless 0 < keep <= 1."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], not {keep}")
+
+
+def _check_rates(lr: float, weight_decay: float) -> None:
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr must be finite and >= 0, not {lr}")
+    if not 0 <= lr * weight_decay < 1:
+        raise ValueError(
+            f"weight_decay must be >= 0, and below 1 when multiplied by lr, not {weight_decay}"
+        )
 
 
 def _accumulate(
@@ -382,14 +407,13 @@ def _accumulate(
     keep: float | Tensor = 1.0,
 ) -> None:
     """Moves the masters along the directions, in order, and makes the live weights theirs."""
-    with _uninterrupted():
-        if isinstance(keep, Tensor) or keep != 1:
-            for t in tuned:
-                if t.live.dim() > 1:
-                    t.entry.master.mul_(keep)
-        accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
+    if isinstance(keep, Tensor) or keep != 1:
         for t in tuned:
-            t.entry.release(t.live)
+            if t.live.dim() > 1:
+                t.entry.master.mul_(keep)
+    accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
+    for t in tuned:
+        t.entry.release(t.live)
 
 
 class _Entry:
@@ -397,7 +421,8 @@ class _Entry:
 
     def __init__(self, live: Tensor) -> None:
         self.storage = StorageWeakRef(live.untyped_storage())
-        self.master = torch.empty(live.shape, dtype=torch.float32, device=live.device)
+        with torch.inference_mode(False):  # it outlives the mode
+            self.master = torch.empty(live.shape, dtype=torch.float32, device=live.device)
         self.perturbed = False
         self.seen: weakref.ref[Tensor] = weakref.ref(live)
         self.version = _version(live)
@@ -407,11 +432,13 @@ class _Entry:
         self.perturbed = False
         self.seen, self.version = weakref.ref(live), _version(live)
 
+    def was_written(self, live: Tensor) -> bool:
+        """Whether somebody else wrote this very tensor since the last release, by autograd."""
+        return self.seen() is live and self.version != _version(live)
+
     def speaks_for(self, live: Tensor) -> bool:
-        """Whether nobody else has written the weights since the last release."""
-        if self.seen() is live and self.version != _version(live):
-            return False
-        return all(
+        """Whether the live weights are those of the master."""
+        return not self.was_written(live) and all(
             torch.equal(_bits(part.to(live.dtype)), _bits(whole))
             for whole, part in _chunks(live, self.master)
         )
@@ -443,16 +470,23 @@ _entries: dict[_Key, _Entry] = {}
 
 def _adopted(layer: Layer) -> list[_Tuned]:
     """What is tuned, with its masters."""
-    return [
-        _Tuned(name, live, numbering, _adopt(name, live))
-        for name, live, numbering in _collect(layer)
-    ]
+    for stale in [key for key, entry in _entries.items() if entry.storage.expired()]:
+        del _entries[stale]
+    collected = _collect(layer)
+    perturbed = [live for e in _entries.values() if e.perturbed and (live := e.seen()) is not None]
+    for name, live, _ in collected:
+        for other in perturbed:
+            if live.device == other.device and live.numel() and overlap(live, other):
+                raise _is_perturbed(name)
+    return [_Tuned(name, live, where, _adopt(name, live)) for name, live, where in collected]
+
+
+def _is_perturbed(name: str) -> RuntimeError:
+    return RuntimeError(f"{name} is perturbed by an open step; leave that first")
 
 
 def _adopt(name: str, live: Tensor) -> _Entry:
     """The master of a parameter: the one of the step before, where that still holds."""
-    for stale in [key for key, entry in _entries.items() if entry.storage.expired()]:
-        del _entries[stale]
     key = (
         StorageWeakRef(live.untyped_storage()).cdata,
         live.storage_offset(),
@@ -461,8 +495,6 @@ def _adopt(name: str, live: Tensor) -> _Entry:
         live.dtype,
     )
     entry = _entries.get(key)
-    if entry is not None and entry.perturbed:
-        raise RuntimeError(f"{name} is perturbed by an open step; leave that first")
     if entry is None or not entry.speaks_for(live):
         entry = _Entry(live)
         for whole, part in _chunks(live, entry.master):
@@ -576,29 +608,71 @@ def _version(tensor: Tensor) -> int:
 
 
 def _as_list(losses: Loss | Sequence[Loss]) -> list[Loss]:
-    return list(losses) if isinstance(losses, Sequence) else [losses]
+    return [_kept(loss) for loss in (losses if isinstance(losses, Sequence) else [losses])]
 
 
 def _kept(loss: Loss) -> Loss:
     """A number, or a copy on its GPU that the next evaluation cannot overwrite."""
-    return loss.detach().clone() if isinstance(loss, Tensor) and loss.is_cuda else float(loss)
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    if loss.numel() != 1:
+        raise ValueError(f"a loss has shape {tuple(loss.shape)}; give one number per direction")
+    return loss.detach().reshape(()).clone() if loss.is_cuda else loss.item()
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Delays Ctrl-C and SIGTERM until the block has run: a layer is never left half written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda number, frame: pending.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
+class _Held:
+    """Delays Ctrl-C and SIGTERM to the end of the block, but for user code in it (`lifted`).
+
+    So a layer is never left half written. Only handlers in Python are stood in for: they run
+    between any two instructions of the main thread, whatever its signal mask says.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._late: list[int] = []
+        self._is_open = self._is_lifted = False
+
+    def __enter__(self) -> _Held:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._handle)
+        self._is_open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # First of all: from here on a signal may raise, and whoever is still in place passes it on.
+        self._is_open = False
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        for late in pending:
-            signal.raise_signal(late)
+        for number in self._late:
+            signal.raise_signal(number)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lets signals through, late ones first, until one of them raises."""
+        self._is_lifted = True
+        try:
+            while self._late:
+                self._pass_on(self._late.pop(0), None)
+            yield
+        finally:
+            self._is_lifted = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # In the frames of `with` itself an exception could pass the restoring by.
+        in_user_code = frame is None or frame.f_code.co_filename not in _WITH
+        if self._is_open and not (self._is_lifted and in_user_code):
+            self._late.append(number)
+        else:
+            self._pass_on(number, frame)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        lifted, self._is_lifted = self._is_lifted, False
+        self._handlers[number](number, frame)
+        self._is_lifted = lifted
+
+
+_WITH = {contextmanager.__code__.co_filename, _Held.__init__.__code__.co_filename}

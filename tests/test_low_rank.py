@@ -111,3 +111,26 @@ def test_bad_numbers_are_refused():
         LowRankStep(w, 1, 1e-2, 1e-1, rank=0, v_seed=1)
     with pytest.raises(ValueError, match="v_seed must be"):
         LowRankStep(w, 1, 1e-2, 1e-1, rank=1, v_seed=-1)
+    layer = layer_of(torch.float32)
+    before = copies(layer)
+    for numbers, message in (
+        ((-1, 0, 1, [0.1]), "seed must be"),
+        ((0, -1, 1, [0.1]), "v_seed must be"),
+        ((0, 0, 1, [math.nan]), "scale must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            low_rank_replay(layer, *numbers)
+    with pytest.raises(ValueError, match="keep must be"):
+        low_rank_replay(layer, 0, 0, 1, [0.1], keep=math.nan)
+    for now, then in zip(copies(layer), before, strict=True):
+        assert_same_bits(now, then)
+
+
+def test_a_step_is_taken_once():
+    w = torch.ones(3, 3)
+    step = LowRankStep(w, 1, 1e-2, 1e-1, rank=1, v_seed=1)
+    step.update(1.0, 0.5)
+    moved = w.clone()
+    with pytest.raises(RuntimeError, match="taken already"):
+        step.update(1.0, 0.5)
+    assert_same_bits(w, moved)

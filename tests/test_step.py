@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -208,6 +211,68 @@ def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, n
     assert_untouched(layer, before)
 
 
+def step_with_closure(layer):
+    zo_step(layer, 1, 1e-2, 1e-2, closure=lambda: loss_of(layer))
+
+
+def step_with_blocks(layer):
+    step = zo_step(layer, 1, 1e-2, 1e-2)
+    with step.plus():
+        plus = loss_of(layer)
+    with step.minus():
+        minus = loss_of(layer)
+    step.update(plus, minus)
+
+
+@pytest.mark.parametrize("take", [step_with_closure, step_with_blocks])
+def test_a_signal_at_any_line_leaves_a_whole_layer(take):
+    before, after = layer_of(), layer_of()
+    take(after)
+    files = {zo_step.__code__.co_filename, contextmanager.__code__.co_filename, __file__}
+    own, until, ended = signal.getsignal(signal.SIGINT), 0, False
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        left -= 1
+        if left == 0:  # as when the signal comes between two instructions of this frame
+            signal.getsignal(signal.SIGINT)(signal.SIGINT, frame)
+        return trace
+
+    while not ended:
+        until, left, layer = until + 1, until + 1, layer_of()
+        sys.settrace(trace)
+        try:
+            take(layer)
+            ended = left > 0
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+            left_behind = signal.signal(signal.SIGINT, own)
+        with pytest.raises(KeyboardInterrupt):  # whatever stands there passes signals on
+            left_behind(signal.SIGINT, None)
+        expected = after if any((layer.q != before.q).flatten()) else before
+        assert_untouched(layer, copies(expected))
+        assert zo_step(layer, 2, 1e-2, 1e-2, closure=lambda: 0.0).applied
+    assert until > 100
+
+
+def test_a_handler_in_c_and_an_ignored_signal_are_left_alone():
+    code = """
+import faulthandler, os, signal, torch, dlzo_kernels
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+faulthandler.register(signal.SIGTERM, chain=False)
+w = torch.ones(3)
+dlzo_kernels.zo_step(w, 1, 1e-2, 1e-2, closure=lambda: os.kill(os.getpid(), signal.SIGINT) or 0.0)
+os.kill(os.getpid(), signal.SIGTERM)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "alive\n" and "most recent call first" in done.stderr
+
+
 def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
     from dlzo_kernels.ops import perturb as module
 
@@ -380,7 +445,7 @@ def test_what_cannot_be_tuned_is_refused_by_name():
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((1, 0.0, 1e-3), "eps must be finite and > 0, not 0.0"),
+        ((1, 0.0, 1e-3), "eps must be between 1e-37 and 1e37, not 0.0"),
         ((1, -1e-3, 1e-3), "eps must be"),
         ((1, float("nan"), 1e-3), "eps must be"),
         ((1, 1e-3, float("inf")), "lr must be"),
@@ -414,6 +479,56 @@ def test_steps_do_not_nest_and_are_taken_once():
         zo_step(w, 1, 1e-3, 1e-3).update([1.0, 2.0], 1.0)
     with pytest.raises(ValueError, match="direction must be in"), step.plus(1):
         pass
+
+
+def test_what_happens_to_the_weights_while_a_step_is_open_is_seen():
+    w = torch.ones(3, 4)
+    step = zo_step(w, 1, 1e-3, 1e-3)
+    w.fill_(7.0)
+    for use in (lambda: step.plus().__enter__(), lambda: step.update(1.0, 0.5)):
+        with pytest.raises(RuntimeError, match="the tensor was written since the step was opened"):
+            use()
+    assert torch.equal(w, torch.full((3, 4), 7.0))
+    with zo_step(w, 1, 1e-3, 1e-3).plus():
+        for view in (w.view(-1), w[1:, :2]):
+            with pytest.raises(RuntimeError, match="perturbed by an open step"):
+                zo_step(view, 2, 1e-3, 1e-3)
+    assert torch.equal(w, torch.full((3, 4), 7.0))
+
+
+def test_a_master_made_in_inference_mode_outlives_it(dtype):
+    one, two = torch.ones(5, 4).to(dtype), torch.ones(5, 4).to(dtype)
+    numbers = {"closure": lambda: 1.0, "weight_decay": 0.1}
+    with torch.inference_mode():
+        zo_step(one, 1, 1e-2, 1e-2, **numbers)
+    zo_step(two, 1, 1e-2, 1e-2, **numbers)
+    for w in (one, two):
+        result = zo_step(w, 2, 1e-2, 1e-2, closure=lambda: w.float().sum(), weight_decay=0.1)  # noqa: B023
+        assert result.applied
+    assert_same_bits(one, two)
+
+
+def test_a_loss_is_one_number_and_a_step_can_be_tried_again():
+    w = torch.ones(4)
+    step = zo_step(w, 1, 1e-2, 1e-2)
+    with pytest.raises(ValueError, match=r"a loss has shape \(2,\); give one number"):
+        step.update(torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match=r"a loss has shape \(2,\)"):
+        zo_step(w, 1, 1e-2, 1e-2, closure=lambda: torch.ones(2))
+    assert torch.equal(w, torch.ones(4))
+    assert step.update(torch.ones(1), torch.tensor(0.5)).applied
+
+
+def test_numbers_that_would_ruin_the_weights_are_refused_later_too():
+    w = torch.ones(3, 3)
+    step = zo_step(w, 1, 1e-2, 0.1, weight_decay=1.0)
+    for lr, message in ((3.0, "weight_decay must be"), (-1.0, "lr must be"), (math.nan, "lr must")):
+        with pytest.raises(ValueError, match=message):
+            step.update(1.0, 0.5, lr=lr)
+    for keep in (math.nan, 0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match=r"keep must be in \(0, 1\]"):
+            zo_replay(w, [], [], [], keep=keep)
+    assert torch.equal(w, torch.ones(3, 3))
 
 
 def test_a_step_works_in_a_thread():

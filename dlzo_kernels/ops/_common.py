@@ -25,16 +25,26 @@ def register_silent_fake(name: str) -> None:
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether the kernel may be called at once: nobody is tracing, no subclass wants the op."""
+    """Whether the kernel may be called at once: nobody is tracing, nothing else wants the op."""
+    if torch.compiler.is_compiling():
+        return False
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
-    return not torch.compiler.is_compiling()
+    return not (
+        torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx
+        or torch._C._get_tracing_state()  # torch.jit.trace
+        or torch._C._functorch.peek_interpreter_stack()  # torch.func
+    )
 
 
 def check_range(name: str, value: int, limit: int) -> None:
     """Raises ValueError unless 0 <= value < limit (TypeError unless it is an integer)."""
-    if not 0 <= operator.index(value) < limit:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if not 0 <= number < limit:
         raise ValueError(f"{name} must be in [0, 2^{limit.bit_length() - 1}), not {value}")
 
 
@@ -55,6 +65,7 @@ def check_noise(
     if row_stride is None:
         last = math.prod(shape)
     else:
+        check_range("row_stride", row_stride, _U64 >> 1)
         columns = shape[-1] if len(shape) else 1
         if row_stride < columns:
             raise ValueError(
@@ -102,6 +113,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; make it dense with .to_dense()")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a view of negated values; copy it with .resolve_neg()")
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
@@ -178,12 +191,13 @@ def mark_written(tensor: Tensor) -> None:
 
 def to_signed(value: int) -> int:
     """A 64-bit unsigned number as the int64 that an operator schema carries."""
+    value = operator.index(value)
     return value - _U64 if value >= _U64 >> 1 else value
 
 
 def to_unsigned(value: int) -> int:
     """The inverse of to_signed."""
-    return value % _U64
+    return operator.index(value) % _U64
 
 
 def not_a_tensor(name: str, value: _T | Tensor) -> _T:

@@ -90,7 +90,7 @@ def directions(
         if isinstance(values, int | float):
             return values, 0
         if isinstance(values, Sequence):
-            host = torch.tensor(values, dtype=dtype).pin_memory()
+            host = torch.tensor(values, dtype=dtype, device="cpu").pin_memory()
             values = host.to(device, non_blocking=True)
         kept.append(values)
         return 0, values.data_ptr()

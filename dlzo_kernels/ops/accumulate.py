@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def accumulate_(
         TypeError: a dtype is none of the three, or out is given and master is not float32.
         NotImplementedError: there is no kernel for the device.
     """
-    queries = [query] * len(seeds) if isinstance(query, int) else list(query)
+    queries = list(query) if isinstance(query, Iterable) else [query] * len(seeds)
     check_directions(seeds, scales, queries, master.device)
     check_noise(master.shape, 0, stream, offset, 0, row_stride)
     if is_eager(master, *([] if out is None else [out])):

@@ -34,7 +34,7 @@ class ActivationStats(NamedTuple):
         variance: of the population, float64.
         kurtosis: E[(x - mean)^4] / variance^2, float64: 3 for a normal, NaN for a constant.
 
-    Where a value is not finite, the moments are NaN.
+    Where a value is not finite, so is the mean, and variance and kurtosis are NaN.
     """
 
     absmax: Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -77,8 +75,8 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
             f"weight has shape {tuple(weight.shape)} and x {tuple(x.shape)}: give one weight for "
             "each element of x's last dimension"
         )
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, not {eps}")
+    if not 0 <= eps < 3.4e38:
+        raise ValueError(f"eps must be finite in float32 and not negative, not {eps}")
 
 
 @torch.library.register_fake("dlzo::rms_norm", lib=LIBRARY)

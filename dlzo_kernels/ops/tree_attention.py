@@ -14,6 +14,7 @@ from dlzo_kernels.ops._common import (
     DTYPE_CODES,
     LIBRARY,
     check_same_device,
+    check_scale,
     check_tensor,
     is_eager,
     pack,
@@ -51,8 +52,7 @@ def tree_attention(
     as its own is finite. All sums run in float32, over weights that are rounded to the dtype on
     a GPU, and where the ISA is avx512bf16 to bfloat16; the bits depend on ISA and GPU, but not on
     the number of threads, nor from one call to the next. Pairs of tokens that do not see each other
-    are left out, on a GPU (a Triton kernel) tile by tile; memory grows with the number of tokens,
-    not with its square.
+    are left out, on a GPU (a Triton kernel) tile by tile; there is no matrix of all pairs.
 
     Args:
         query: float32, bfloat16 or float16, of shape (batch, heads, tokens, head size).
@@ -64,7 +64,8 @@ def tree_attention(
             a batch.
         scale: of the scores; by default 1 / sqrt(head size).
         window: how many tokens of its sequence a token sees, itself among them; by default all.
-        softcap: scores s become softcap * tanh(s / softcap); by default they stay.
+        softcap: scores s become softcap * tanh(s / softcap), to within 2^-24 * softcap; by default
+            they stay.
 
     Returns:
         A tensor of shape (batch, heads, tokens, value size) and query's dtype, whose vectors lie
@@ -83,7 +84,7 @@ def tree_attention(
             "query, key or value requires a gradient, which tree_attention has not: "
             "call it under torch.no_grad()"
         )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
     window = _NO_WINDOW if window is None else window
     softcap = 0.0 if softcap is None else softcap
     arguments = (query, key, value, parents, scale, window, softcap)
@@ -158,6 +159,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, parents: Tensor) -> None:
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} and query {query.dtype}; cast one")
     batch, heads, tokens, head_size = query.shape
+    if head_size == 0:
+        raise ValueError("the vectors of query and key have no elements; give at least one")
     if key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(f"{heads} heads of query do not share {key.shape[1]} of key evenly")
     if key.shape != (batch, key.shape[1], tokens, head_size) or value.shape[:3] != key.shape[:3]:
@@ -172,12 +175,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, parents: Tensor) -> None:
 
 
 def _check_numbers(scale: float, window: int, softcap: float) -> None:
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, not {scale}")
+    check_scale(scale)
     if window < 1:
         raise ValueError(f"window must be at least 1 token, not {window}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, not {softcap}")
+    if not 0 <= softcap <= 1e30:
+        raise ValueError(f"softcap must be positive and at most 1e30, not {softcap}")
 
 
 def _with_vectors(x: Tensor) -> Tensor:

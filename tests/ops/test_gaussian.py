@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bits import assert_same_bits, bits, reference_perturb, store
 from dlzo_kernels import gaussian, reference
@@ -132,8 +133,10 @@ def test_bad_numbers_are_refused(arguments, message):
 
 
 def test_bad_types_are_refused():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"seed must be an integer, not 1\.5"):
         gaussian((10,), 1.5)
+    with pytest.raises(TypeError, match="row_stride must be an integer"):
+        gaussian((10,), 1, row_stride=12.0)
     with pytest.raises(TypeError, match=r"torch\.float64; use torch\.float32"):
         gaussian((10,), 1, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="there is no kernel"):
@@ -151,6 +154,17 @@ def test_inside_torch_compile():
         return gaussian((130,), seed, stream=1) * 2
 
     assert_same_bits(doubled(1 << 63), gaussian((130,), 1 << 63, stream=1) * 2)
+
+
+def test_a_fake_stays_fake():
+    with FakeTensorMode():
+        fake = gaussian((1000,), 1)
+    assert isinstance(fake, FakeTensor) and fake.shape == (1000,)
+
+
+def test_numbers_of_numpy_are_numbers():
+    got = gaussian((9,), np.int64(5), stream=np.uint32(1), offset=np.int64(4), query=np.int64(2))
+    assert_same_bits(got, gaussian((9,), 5, stream=1, offset=4, query=2))
 
 
 def test_the_operator_takes_64_bit_numbers_as_signed():

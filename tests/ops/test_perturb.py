@@ -109,6 +109,17 @@ def test_bits_do_not_depend_on_the_number_of_threads(set_threads, dtype):
         assert_same_bits(other, results[0])
 
 
+def test_a_transform_that_cannot_take_it_says_so():
+    with pytest.raises(RuntimeError, match="custom"):
+        torch.func.functionalize(lambda x: perturb_(x, 1, 1.0))(torch.zeros(40))
+
+
+def test_a_view_of_negated_values_is_refused():
+    z = torch.ones(3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="w is a view of negated values"):
+        perturb_(z.conj().imag, 1, 1.0)
+
+
 def test_the_version_counter_is_bumped():
     w = weights(10).requires_grad_()
     loss = (w * w).sum()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bits import assert_same_bits
@@ -122,6 +123,7 @@ def test_inputs_are_left_alone_and_nothing_gives_nothing(dtype):
         (torch.tensor(1.0), torch.tensor(1.0), 1e-5, ValueError, "one weight for each"),
         (torch.ones(3), torch.ones(3), -1e-5, ValueError, "not -1e-05"),
         (torch.ones(3), torch.ones(3), float("nan"), ValueError, "not nan"),
+        (torch.ones(3), torch.ones(3), 1e300, ValueError, "eps must be finite in float32"),
         (torch.ones(3), torch.ones(3).half(), 1e-5, TypeError, "cast one"),
         (torch.ones(3).double(), torch.ones(3).double(), 1e-5, TypeError, "float64"),
         (torch.ones(3, device="meta"), torch.ones(3), 1e-5, NotImplementedError, "x is on meta"),
@@ -135,6 +137,16 @@ def test_bad_arguments(x, weight, eps, error, message):
 
 def test_operator_contract():
     torch.library.opcheck(torch.ops.dlzo.rms_norm.default, (*drawn(6, 7), 1e-5))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_holds_the_operator():
+    x, weight = drawn(3, 7)
+    for traced in (
+        make_fx(lambda x: rms_norm(x, weight, 1e-5))(x),
+        torch.jit.trace(lambda x: rms_norm(x, weight, 1e-5), x),
+    ):
+        assert_same_bits(traced(x + 1), rms_norm(x + 1, weight, 1e-5))
 
 
 def test_inside_torch_compile():

@@ -176,8 +176,14 @@ def test_inputs_are_left_alone():
             "parents is on meta; keep it on the CPU",
         ),
         (lambda a: a | {"window": 0}, ValueError, "window must be at least 1 token, not 0"),
-        (lambda a: a | {"softcap": -1.0}, ValueError, "softcap must be positive and finite"),
-        (lambda a: a | {"scale": float("nan")}, ValueError, "scale must be finite, not nan"),
+        (lambda a: a | {"softcap": -1.0}, ValueError, "softcap must be positive and at most"),
+        (lambda a: a | {"scale": float("nan")}, ValueError, "scale must be finite in float32"),
+        (lambda a: a | {"scale": 1e300}, ValueError, "scale must be finite in float32, not 1e+300"),
+        (
+            lambda a: a | {"query": a["query"][..., :0], "key": a["key"][..., :0]},
+            ValueError,
+            "the vectors of query and key have no elements",
+        ),
         (lambda a: a | {"value": a["value"].requires_grad_()}, ValueError, "requires a gradient"),
         (
             lambda a: {name: x.to("meta") for name, x in a.items()},
