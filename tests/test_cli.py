@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,6 +272,64 @@ def test_an_interrupted_run_says_how_it_goes_on(run, model, data, tmp_path, fini
         assert ("is finished" in text) == finished_before
     for name in ("journal.zo", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_run_of_a_model_in_a_relative_folder_goes_on(run, model, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.chdir(Path(model).parent)
+    assert run(*train_arguments(Path(model).name, data, out))[0] == 0
+    expected = (out / "journal.zo").read_bytes()
+    (out / "metrics.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "--resume", out)[0] == 0
+    assert (out / "journal.zo").read_bytes() == expected
+
+
+def test_interrupted_before_it_began_a_run_does_not_name_the_one_before(
+    run, model, data, tmp_path, finished, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dlzo.trainer.Scorer.evaluate", interrupt)
+    code, text, _ = run(*train_arguments(model, data, out, "--overwrite"))
+    assert code != 0 and "--resume" not in text
+    assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--plot", "x.jpg"), "has the suffix '.jpg'"),
+        (("--plot", "nowhere/x.png"), "is in no folder that exists"),
+        (("--json", "."), "is a folder"),
+    ],
+)
+def test_where_a_result_goes_is_checked_before_any_work(run, tmp_path, options, says):
+    code, _, err = run("probe", tmp_path / "no model", *options)
+    assert code == 2 and says in err
+
+
+@pytest.mark.parametrize("layers", ["3-1", "1-2-9", "", "a"])
+def test_layers_that_are_no_range_are_refused(run, tmp_path, data, layers):
+    code, _, err = run(
+        "sensitivity", tmp_path, "--task", "sst2", "--data", data, "--layers", layers
+    )
+    assert code == 2 and "give numbers such as 0-5,11" in err
+
+
+def test_damaged_metrics_are_named(run, tmp_path, finished):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "metrics.json").write_text("{")
+    for command in (("export", out, "--out", tmp_path / "exported"), ("train", "--resume", out)):
+        code, _, err = run(*command)
+        assert code == 2 and "metrics.json' is damaged" in err and "delete it" in err
+    (out / "metrics.json").unlink()
+    assert run("train", "--resume", out)[0] == 0
 
 
 def test_resume_takes_no_other_setting(run, model, tmp_path):

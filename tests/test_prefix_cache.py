@@ -70,8 +70,22 @@ def test_beyond_the_budget_files_are_found_again_by_a_later_run(tmp_path):
     assert all(tokens in cache for tokens in sequences)
     later = PrefixCache(0, tmp_path / "new")
     expected = scorer.losses(scorer.plan(batch))
-    assert cached_scorer(later).losses(scorer.plan(batch)) == pytest.approx(expected, abs=1e-6)
-    assert sum(tokens in later for tokens in sequences) == len(list((tmp_path / "new").iterdir()))
+    written = set((tmp_path / "new").iterdir())
+    scorer = cached_scorer(later)
+    scorer.cache_prefixes(batch)
+    assert scorer.losses(scorer.plan(batch)) == pytest.approx(expected, abs=1e-6)
+    assert all(tokens in later for tokens in sequences)
+    assert written == set((tmp_path / "new").iterdir())
+
+
+def test_a_folder_gives_only_what_was_computed_among_the_same_neighbours(tmp_path):
+    batch = cached_scorer(None).encode(EXAMPLES)
+    cached_scorer(PrefixCache(0, tmp_path)).cache_prefixes(batch[1:])
+    shared, alone = PrefixCache(0, tmp_path), PrefixCache(1 << 20)
+    for cache in (shared, alone):
+        cached_scorer(cache).cache_prefixes(batch)
+    for tokens in {tokens for example in batch for tokens in example.sequences}:
+        assert torch.equal(shared.get(tokens), alone.get(tokens))
 
 
 @pytest.mark.parametrize("other", ["family", "layer", "weights"])

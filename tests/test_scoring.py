@@ -7,6 +7,7 @@ from threading import Thread
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
@@ -14,7 +15,7 @@ from dlzo.scoring import PrefixCache, Scorer, norms
 from dlzo.scoring.norms import rms_norms
 from dlzo.tasks import Example
 from dlzo_kernels import rms_norm
-from tiny import CONFIGS, byte_tokenizer, tiny_model
+from tiny import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
 
 SENTIMENT = (" terrible", " great")
 EXAMPLES = [
@@ -184,6 +185,64 @@ def test_a_leak_that_could_pass_for_rounding_is_noticed(monkeypatch):
     monkeypatch.setattr(Scorer, "_problem", lambda *_: None)
     scorer = Scorer(tiny_model("bloom"), byte_tokenizer())
     assert "see each other" in scorer.trees_problem
+
+
+def test_a_leak_from_the_token_before_is_noticed(monkeypatch):
+    model = tiny_model()
+    embed = model.model.embed_tokens.forward
+
+    def shifted(ids):
+        hidden = embed(ids)
+        return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+
+    monkeypatch.setattr(model.model.embed_tokens, "forward", shifted)
+    monkeypatch.setattr(Scorer, "_problem", lambda *_: None)
+    assert "see each other" in Scorer(model, byte_tokenizer()).trees_problem
+
+
+def test_weights_shared_with_another_layer_move_there_too():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    layer = model.model.layers[1]
+    model.model.layers[3].mlp = layer.mlp
+    scorer = Scorer(model, tokenizer, layer, cache=PrefixCache(1 << 20))
+    assert scorer.states_problem == "model.layers.3.mlp.gate_proj shares weights with a tuned layer"
+    plan, expected = scorer.plan(scorer.encode(EXAMPLES)), []
+    for state in (states := Shift(layer).states):
+        with state():
+            expected.append(plain_loss(model, tokenizer, EXAMPLES))
+    assert scorer.losses(plan, states) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_mixture_of_experts_is_packed_unless_it_windows_by_a_mask(window):
+    model = AutoModelForCausalLM.from_config(
+        Qwen2MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            initializer_range=0.2,
+            sliding_window=window,
+            use_sliding_window=window is not None,
+            max_window_layers=0,
+        )
+    ).eval()
+    scorer = Scorer(model, byte_tokenizer())
+    assert (scorer.trees_problem is None) == (window is None)
+    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
+    for found, example in zip(scores, EXAMPLES, strict=True):
+        expected = plain_scores(model, scorer.tokenizer, example)
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+
+
+def test_what_a_model_raises_without_the_layers_below_is_a_reason(monkeypatch):
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    monkeypatch.setattr(Scorer, "cache_prefixes", lambda *_: {}["sliding_attention"])
+    scorer = Scorer(model, tokenizer, model.model.layers[1], cache=PrefixCache(1 << 20))
+    assert "does not allow it ('sliding_attention')" in scorer.cache_problem
 
 
 def test_an_mlp_that_mixes_tokens_is_noticed(monkeypatch):

@@ -171,6 +171,16 @@ def test_an_existing_result_is_replaced_only_when_asked(data, tmp_path):
     assert not (out / "note.txt").exists() and not list(tmp_path.glob("out.*"))
 
 
+def test_what_only_looks_like_an_earlier_result_is_left_alone(data, tmp_path):
+    out, theirs = tmp_path / "out", tmp_path / "out.replaced"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("precious")
+    train(tiny_model(), TOKENIZER, SHORT, data, out)
+    with pytest.raises(UserError, match=r"out\.replaced.* is not a result of dlzo"):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, overwrite=True)
+    assert (out / "metrics.json").exists() and (theirs / "thesis.txt").read_text() == "precious"
+
+
 @pytest.mark.parametrize("kind", ["folder of others", "file"])
 def test_what_is_no_result_is_never_overwritten(data, tmp_path, kind):
     out = tmp_path / "out"

@@ -38,7 +38,7 @@ from dlzo.harness import lm_eval, lm_eval_report
 from dlzo.journal import Reader
 from dlzo.metrics import HistoryEntry, Metrics
 from dlzo.models import decoder_layers, load_model, parse_dtype
-from dlzo.plots import plot_history, plot_probe, plot_sensitivity
+from dlzo.plots import check_suffix, plot_history, plot_probe, plot_sensitivity
 from dlzo.probe import probe
 from dlzo.replay import replay
 from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
@@ -88,6 +88,7 @@ def probe_command(
     plot: Plot = None,
 ) -> None:
     """Find the dominant layer of a model by forward passes."""
+    _check_outputs(plot, json_file)
     texts = None if text is None else read_texts(text)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
     report = probe(loaded, tokenizer, texts)
@@ -117,6 +118,7 @@ def sensitivity_command(
     plot: Plot = None,
 ) -> None:
     """Measure each layer's zeroth-order signal, its stability and how its effect grows."""
+    _check_outputs(plot, json_file)
     chosen, folder = _parse_layers(layers), _data_folder(task, data)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
     with Progress(console=console) as bar:
@@ -205,6 +207,7 @@ def train_command(
     plot: Plot = None,
 ) -> None:
     """Fine-tune a model, or the part of it that matters, with forward passes only."""
+    _check_outputs(plot)
     if resume_from is not None:
         _refuse_beside_resume(context)
         metrics = _resume(resume_from)
@@ -285,6 +288,7 @@ def eval_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Score a model, as it is or with an adapter, on one split of a task."""
+    _check_outputs(None, json_file)
     folder = _data_folder(task, data)
     loaded, tokenizer = _load(model, adapter, dtype)
     found = evaluate(loaded, tokenizer, task, folder, cast(Split, split))
@@ -305,6 +309,7 @@ def lm_eval_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Ask lm-evaluation-harness for a second opinion on a model, with or without an adapter."""
+    _check_outputs(None, json_file)
     loaded, tokenizer = _load(model, adapter, dtype)
     found = lm_eval(
         loaded, tokenizer, tasks.split(","), include=include, limit=limit, batch_size=batch_size
@@ -365,6 +370,16 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+def _check_outputs(plot: Path | None, json_file: Path | None = None) -> None:
+    """Raises UserError, before any work, where a result could not be written."""
+    if plot is not None:
+        check_suffix(plot)
+    for path in filter(None, (plot, json_file)):
+        if path.is_dir() or not path.parent.is_dir():
+            reason = "is a folder" if path.is_dir() else "is in no folder that exists"
+            raise UserError(f"{path} {reason}: give the path of a file")
+
+
 def _load(
     model: str, adapter: str | None, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -394,23 +409,31 @@ def _resume(out: Path) -> Metrics:
         say(f"the run in {out} is finished")
     settings = from_first_rank(lambda: read_settings(out))
     loaded, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
-    with _resumable(out), _progress(settings["config"].get("steps")) as on_progress:
+    with (
+        _resumable(out, begun=True),
+        _progress(settings["config"].get("steps")) as on_progress,
+    ):
         return resume(loaded, tokenizer, out, on_progress=on_progress)
 
 
 @contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Says, where a run is interrupted, how it goes on."""
+def _resumable(out: Path, *, begun: bool = False) -> Iterator[None]:
+    """Says, where a run is interrupted, how it goes on; an earlier run in `out` is another."""
+    earlier = None if begun else _inode(out / JOURNAL_FILE)
     try:
         yield
     except KeyboardInterrupt:
-        if not (out / JOURNAL_FILE).exists():
+        if _inode(out / JOURNAL_FILE) in (None, earlier):
             raise
         say(
             f"interrupted: the best weights so far are in {out}; go on with "
             f"`dlzo train --resume {out}`"
         )
         raise typer.Exit(130) from None
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
 
 
 def _parse_layer(text: str) -> tuple[int, ...] | None:
@@ -446,13 +469,17 @@ def _parse_layers(text: str) -> list[int] | None:
     """The layers of a list such as 0-5,11; None for all."""
     if text == "all":
         return None
-    ends = [part.split("-") for part in text.split(",")]
-    try:
-        return [
-            i for first, *last in ends for i in range(int(first), int((last or [first])[0]) + 1)
-        ]
-    except ValueError:
-        raise UserError(f"layers is {text!r}: give numbers such as 0-5,11, or 'all'") from None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            span = range(int(first), int(last or first) + 1)
+        except ValueError:
+            span = range(0)
+        if not span:
+            raise UserError(f"layers is {text!r}: give numbers such as 0-5,11, or 'all'")
+        layers += span
+    return layers
 
 
 def _write_json(path: Path, value: object) -> None:

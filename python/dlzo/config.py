@@ -145,7 +145,7 @@ class TrainConfig:
             raise UserError(f"lr is {lr}: give a number of 0 or above, such as 3e-4, or 'auto'")
         if self.lr_decay not in DECAYS:
             raise UserError(f"lr_decay {self.lr_decay!r}: choose {' or '.join(DECAYS)}")
-        if not 0 <= lr * self.weight_decay < 1:
+        if not (self.weight_decay >= 0 and lr * self.weight_decay < 1):
             raise UserError(
                 f"weight_decay is {self.weight_decay}: give a number of 0 or above, such as 0.01"
             )

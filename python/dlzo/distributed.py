@@ -43,11 +43,19 @@ def joined() -> Iterator[None]:
     with _reaching_all():
         # gloo for the sums, which are on the CPU; with a GPU, nccl beside it.
         dist.init_process_group(timeout=TIMEOUT)
+    ended: SystemExit | None = None
     try:
-        yield
+        try:
+            yield
+        except SystemExit as error:  # as a command ends when all went well
+            if error.code:
+                raise
+            ended = error
         # A rank that left early would look dead to those that are still sending.
         with _reaching_all():
             dist.barrier()
+        if ended is not None:
+            raise ended
     finally:
         dist.destroy_process_group()
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 from dlzo.adapter import PEFT_FILE, WEIGHTS_FILE, load_adapter, read_config
 from dlzo.errors import UserError
-from dlzo.files import new_folder, parse_json_object
+from dlzo.files import new_folder
 from dlzo.lora import take_out
 from dlzo.models import load_model, parse_dtype
-from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
+from dlzo.run import JOURNAL_FILE, read_metrics, read_settings
 from dlzo.target import describe
 
 Form = Literal["adapter", "model", "journal"]
@@ -122,10 +122,9 @@ def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
 
 def _figures(run: Path) -> str:
     """A table of the run's evaluations."""
-    path = run / METRICS_FILE
-    if not path.exists():
+    metrics = read_metrics(run)
+    if metrics is None:
         return "The run was not finished."
-    metrics = parse_json_object(path.read_bytes())
     names = list(metrics["test"])
     rows = [["", "split", *names], ["---"] * (2 + len(names))]
     for name, split, key in (

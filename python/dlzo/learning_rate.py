@@ -121,6 +121,8 @@ class _Trials:
 
     def loss_after(self, lr: float) -> float:
         """The loss when the steps are taken; then the weights are again as they were."""
+        if lr * self.config.weight_decay >= 1:  # would leave nothing of the weights
+            return math.inf
         try:
             deque(self._take(lr), maxlen=0)
             return self.loss()

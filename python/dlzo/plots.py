@@ -87,9 +87,14 @@ def plot_sensitivity(report: SensitivityReport, path: Path) -> None:
     left.set_title(f"{report.model}: {report.task}, {report.dtype}", loc="left")
     depth = max(found.layer + len(found.growth) for found in report.layers)
     grid = [[math.nan] * found.layer + found.growth for found in report.layers]
+    grew = any(change > 0 for found in report.layers for change in found.growth)
     edges = [i - 0.5 for i in range(len(names) + 1)]
     mesh = right.pcolormesh(
-        [i - 0.5 for i in range(depth + 1)], edges, grid, norm=LogNorm(), cmap="viridis"
+        [i - 0.5 for i in range(depth + 1)],
+        edges,
+        grid,
+        norm=LogNorm() if grew else None,
+        cmap="viridis",
     )
     right.set_yticks(range(len(names)), map(str, names), fontsize=7)
     right.set(xlabel="after layer", ylabel="perturbed layer")
@@ -130,10 +135,16 @@ def plot_history(metrics: Metrics, path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def check_suffix(path: Path) -> None:
+    """Raises UserError unless a figure can be written as its suffix says."""
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"plot {path} has the suffix {suffix!r}: use {' or '.join(FORMATS)}")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    check_suffix(path)
+    suffix = path.suffix.lower()
     try:
         replace_file(path, lambda partial: figure.savefig(partial, format=suffix[1:], dpi=150))
     except OSError as error:

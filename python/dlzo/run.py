@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from dlzo.adapter import WEIGHTS_FILE
 from dlzo.errors import UserError
-from dlzo.files import parse_versioned, remove_partial_files, replace_file
+from dlzo.files import parse_json_object, parse_versioned, remove_partial_files, replace_file
 
 SETTINGS_FILE = "run.json"
 JOURNAL_FILE = "journal.zo"
@@ -35,8 +35,9 @@ def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Itera
         UserError: `out` is in use, holds something else, or cannot be written.
     """
     check_free(out, overwrite)
+    replaces = _is_result(out)
     try:
-        if _is_result(out):
+        if replaces:
             with _locked(out):
                 _move_aside(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Itera
         raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
     with _locked(out):
         check_free(out, overwrite=False)
-        text = json.dumps({"version": VERSION, **settings}, indent=2) + "\n"
+        text = json.dumps({"version": VERSION, **settings, "replaces": replaces}, indent=2) + "\n"
         try:
             replace_file(out / SETTINGS_FILE, lambda partial: partial.write_text(text))
         except OSError as error:
@@ -81,10 +82,26 @@ def read_settings(out: Path) -> dict[str, Any]:
     return parse_versioned(text, path, VERSION, _FIELDS, "start the run again")
 
 
+def read_metrics(out: Path) -> dict[str, Any] | None:
+    """The metrics of the run in a folder; None if it is not finished.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = out / METRICS_FILE
+    if not path.exists():
+        return None
+    try:
+        return parse_json_object(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}): delete it, and resume") from error
+
+
 def finish(out: Path, metrics: str) -> None:
     """Writes the metrics, which make a run a finished one, and lets go of what it replaces."""
     replace_file(out / METRICS_FILE, lambda partial: partial.write_text(metrics))
-    shutil.rmtree(_replaced(out), ignore_errors=True)
+    if read_settings(out).get("replaces"):
+        shutil.rmtree(_replaced(out), ignore_errors=True)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -111,6 +128,11 @@ def _replaced(out: Path) -> Path:
 def _move_aside(out: Path) -> None:
     """Keeps the last finished result, or else the last unfinished run, as OUT.replaced."""
     replaced = _replaced(out)
+    if replaced.exists() and not _is_result(replaced):
+        raise UserError(
+            f"{str(replaced)!r}, where the earlier result would be kept, is not a result of dlzo: "
+            "choose another output folder"
+        )
     if replaced.exists() and (out / METRICS_FILE).exists():
         shutil.rmtree(replaced)
     if replaced.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from array import array
@@ -14,7 +13,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,11 +42,11 @@ from dlzo.replay import base_fields, differences
 from dlzo.rule import rule_of
 from dlzo.run import (
     JOURNAL_FILE,
-    METRICS_FILE,
     check_free,
     existing_run,
     finish,
     new_run,
+    read_metrics,
 )
 from dlzo.sampler import batch_indices, batch_of
 from dlzo.scoring import PrefixCache, Scorer
@@ -248,7 +247,12 @@ class _Run:
         # a setting that the first one did not know is the default.
         settings = _settings(TrainConfig(self.config.task), self.task) | reader.header.settings
         found = replace(reader.header, settings=settings)
-        expected = vars(replace(self.header, library_version=found.library_version))
+        # Nor does the name of the model matter, but its weights.
+        unbound: dict[str, Any] = {
+            "library_version": found.library_version,
+            "base_model": found.base_model,
+        }
+        expected = vars(replace(self.header, **unbound))
         if differing := differences(found, expected):
             raise UserError(
                 f"journal {str(path)!r} is of another model, task or data than there are now: "
@@ -403,11 +407,10 @@ class _Run:
 
 def _finished(out: Path) -> Metrics | None:
     """The metrics of a run that is finished."""
-    if not (out / METRICS_FILE).exists():
-        return None
-    text = (out / METRICS_FILE).read_text()
-    finish(out, text)
-    return json.loads(text)
+    metrics = read_metrics(out)
+    if metrics is not None:
+        finish(out, metrics_text(cast(Metrics, metrics)))
+    return cast(Metrics | None, metrics)
 
 
 def _header(

@@ -19,7 +19,9 @@ from dlzo_kernels.ops.tree_attention import has_kernel
 
 NAME = "dlzo_tree"
 # What an attention may be called with beyond this module's own parameters without another result.
-_WITHOUT_EFFECT = {"is_causal", "output_attentions", "position_ids", "use_cache"}
+_WITHOUT_EFFECT = {
+    *("is_causal", "output_attentions", "output_router_logits", "position_ids", "use_cache")
+}
 
 
 class UnsupportedAttentionError(Exception):
@@ -89,6 +91,10 @@ def attention_within_trees(
     unknown = sorted(set(unknown) - _WITHOUT_EFFECT)
     if attention_mask is not None or unknown:
         raise UnsupportedAttentionError(", ".join(unknown) or "attention_mask")
+    # Some mixtures of experts window by a mask alone, which is not made here.
+    config = getattr(module, "config", None)
+    if sliding_window is None and "output_router_logits" in kwargs and _is_windowed(config):
+        raise UnsupportedAttentionError("sliding_window")
     row = _row.get()
     terms: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if has_kernel(query, value):
@@ -97,6 +103,11 @@ def attention_within_trees(
         out = tree_attention(query, key, value, row.parents, **terms)
         return out.transpose(1, 2), None
     return _tree_by_tree(query, key, value, row.trees, **terms), None
+
+
+def _is_windowed(config: Any) -> bool:
+    window = getattr(config, "sliding_window", None)
+    return window is not None and getattr(config, "use_sliding_window", True)
 
 
 def _tree_by_tree(

@@ -36,21 +36,36 @@ class PrefixCache:
         self.used_bytes = 0
         self._fingerprint = ""
         self._kept: dict[Tokens, Tensor] = {}
+        self._files: dict[Tokens, Path] = {}
 
     def bind(self, fingerprint: str) -> None:
         """Says which frozen weights the hidden states come from; others' are forgotten."""
         if fingerprint != self._fingerprint:
-            self._fingerprint, self._kept, self.used_bytes = fingerprint, {}, 0
+            self._fingerprint, self._kept, self._files, self.used_bytes = fingerprint, {}, {}, 0
 
     def __contains__(self, tokens: Tokens) -> bool:
-        return tokens in self._kept or (self.folder is not None and self._path(tokens).is_file())
+        return tokens in self._kept or tokens in self._files
+
+    def find(self, tokens: Tokens, neighbours: str) -> bool:
+        """Whether the cache has a sequence, or its folder as it was computed among these."""
+        if tokens not in self._kept and self.folder is not None:
+            path = self._path(tokens, neighbours)
+            self._files.pop(tokens, None)
+            if path.is_file():
+                self._files[tokens] = path
+        return tokens in self
 
     def has_room(self, nbytes: int) -> bool:
         """Whether so many bytes more would be kept."""
         return self.folder is not None or self.used_bytes + nbytes <= self.memory_bytes
 
-    def put(self, tokens: Tokens, hidden: Tensor) -> None:
+    def put(self, tokens: Tokens, hidden: Tensor, neighbours: str) -> None:
         """Keeps the hidden states of a sequence, shape (tokens, hidden size), where there is room.
+
+        Args:
+            tokens: The sequence.
+            hidden: Its hidden states.
+            neighbours: What names the other sequences of its forward, on which their bits depend.
 
         Raises:
             UserError: the folder cannot be written.
@@ -59,7 +74,8 @@ class PrefixCache:
             self._kept[tokens] = hidden
             self.used_bytes += hidden.nbytes
         elif self.folder is not None:
-            self._write(self._path(tokens), hidden)
+            self._files[tokens] = self._path(tokens, neighbours)
+            self._write(self._files[tokens], hidden)
 
     def get(self, tokens: Tokens) -> Tensor | None:
         """The hidden states of a sequence; None if they are not in the cache.
@@ -67,12 +83,12 @@ class PrefixCache:
         Raises:
             UserError: its file is damaged.
         """
-        if tokens in self._kept or self.folder is None:
-            return self._kept.get(tokens)
-        return self._read(self._path(tokens))
+        path = self._files.get(tokens)
+        return self._kept.get(tokens) if path is None else self._read(path)
 
-    def _path(self, tokens: Tokens) -> Path:
-        text = f"{self._fingerprint} {tokens}"
+    def _path(self, tokens: Tokens, neighbours: str) -> Path:
+        assert self.folder is not None
+        text = f"{self._fingerprint} {neighbours} {tokens}"
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
     def _write(self, path: Path, hidden: Tensor) -> None:

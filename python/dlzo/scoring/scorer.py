@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -37,7 +38,12 @@ from dlzo.tasks import Example, TrainingLoss
 # more than these, what lies between the products no longer fits the caches.
 ROW_TOKENS = {8: 512, 4: 1024, 2: 2048}
 # How far two ways to the same mean log-probability may lie apart by rounding, by bytes of a number.
-_CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.5}
+_CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.3}
+# What the many models raise where they are led off their beaten track.
+_LED_ASTRAY = (
+    *(UnsupportedAttentionError, UserError, RuntimeError, ValueError, TypeError),
+    *(LookupError, AttributeError),
+)
 # By model: threads wait for their turn at a forward. `sole_use`, for a whole run, refuses instead.
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
@@ -224,7 +230,8 @@ class Scorer:
     def cache_prefixes(self, examples: Sequence[EncodedExample]) -> None:
         """Puts the tuned layer's inputs for these examples into the cache, while there is room.
 
-        The same examples leave the same bits there, whatever is scored or was cached before.
+        The same examples leave the same bits in a new cache, whatever was scored before; its folder
+        gives only what was computed among the same neighbours.
 
         Raises:
             UserError: the cache's folder cannot be written.
@@ -235,14 +242,16 @@ class Scorer:
                 return
             sequences = {tokens for example in examples for tokens in example.sequences}
             for pack in self._lay_out(sequences):
-                missing = [tokens for tokens in pack.places if tokens not in cache]
+                names = repr((pack.inputs["input_ids"].tolist(), list(pack.places)))
+                neighbours = hashlib.sha256(names.encode()).hexdigest()
+                missing = [tokens for tokens in pack.places if not cache.find(tokens, neighbours)]
                 values = sum(map(len, missing)) * self._hidden_size
                 if not cache.has_room(values * self.model.dtype.itemsize):
                     break
                 hidden = self._layer_input(pack) if missing else None
                 for tokens in missing:
                     row, columns = pack.places[tokens]
-                    cache.put(tokens, hidden[row, columns])
+                    cache.put(tokens, hidden[row, columns], neighbours)
 
     def _needs_normaliser(self, plan: Plan) -> bool:
         return self.loss == "gold" or not plan.one_token_options
@@ -458,6 +467,9 @@ class Scorer:
         if self.layer is None:
             return
         best = _plan(batch, self._lay_out({first, second}))
+        if (shared := self._find_shared_weights()) is not None:
+            self.states_problem, self.cache_problem = shared, shared
+            return
         if len(self.layers) > 1:
             self.states_problem = f"{len(self.layers)} layers are tuned"
         else:
@@ -486,14 +498,26 @@ class Scorer:
     def _leak(self) -> str | None:
         """Whether a tree sees another one: then its bits change with the other's."""
         scores = []
-        for start in (0, 1):
-            first, second = (start, *range(2, 12)), tuple(range(12, 0, -1))
+        for token in (0, 1):
+            # At the first place all that follow see it, at the last it is next to the second text.
+            first, second = (token, *range(2, 12), token), tuple(range(12, 0, -1))
             packs = pack_trees(grow_trees((first, second), hidden_size=0), row_tokens=64)
-            scores.append(
-                self._scores(_plan(_two_options(first, second), packs), (), True)[0, 0, 1]
-            )
+            # Other targets would change which logits are sharp.
+            options = (Option(0, second[-4:]), Option(1, second[-4:]))
+            batch = [EncodedExample((first, second), options, gold=0)]
+            scores.append(self._scores(_plan(batch, packs), (), True)[0, 0, 1])
         same = torch.equal(*scores)
         return None if same else f"{type(self.model).__name__} lets packed texts see each other"
+
+    def _find_shared_weights(self) -> str | None:
+        """Why a state would change more of the model than the tuned layers; None if it does not."""
+        own = {id(p) for layer in self.layers for p in layer.parameters()}
+        paths = [f"{name}." for name, m in self.model.named_modules() if m in self.layers]
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            outside = not any(f"{name}.".startswith(path) for path in paths)
+            if outside and any(id(p) in own for p in module.parameters(recurse=False)):
+                return f"{name} shares weights with a tuned layer"
+        return None
 
     def _lowest_layer(self) -> nn.Module | None:
         several = len(self.layers) > 1
@@ -521,20 +545,25 @@ class Scorer:
                 stack.enter_context(layer.register_forward_hook(note))
             self._scores(plan, (), normalised=True)
         self.cache = PrefixCache(memory_bytes=1 << 30)
-        self.cache_prefixes(plan.batch)
+        try:
+            self.cache_prefixes(plan.batch)
+        except _LED_ASTRAY as error:
+            return self._refusal(error)
         return self._problem(plan, (nullcontext,), expected)
 
     def _problem(self, plan: Plan, states: Sequence[State], expected: Tensor) -> str | None:
         """How the plan's scores differ from those expected, None if they do not."""
         try:
             found = self._scores(plan, states, normalised=True)
-        # What the many models raise where they are led off their beaten track.
-        except (UnsupportedAttentionError, UserError, RuntimeError, ValueError, TypeError) as error:
-            return f"{type(self.model).__name__} does not allow it ({error})"
+        except _LED_ASTRAY as error:
+            return self._refusal(error)
         distance = (found - expected).abs().max().item()
         if distance <= _CLOSE[self.model.dtype.itemsize]:
             return None
         return f"{type(self.model).__name__} would score otherwise, by {distance:.1g}"
+
+    def _refusal(self, error: Exception) -> str:
+        return f"{type(self.model).__name__} does not allow it ({error})"
 
     def _unsupported(self, what: str) -> UserError:
         return UserError(f"{type(self.model).__name__} {what}: choose a decoder-only model")
