@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,8 +83,13 @@ def test_importing_the_kernels_needs_torch_and_numpy_only(tmp_path):
 def test_the_source_without_the_extension_says_what_to_do(tmp_path):
     source = Path(dlzo_kernels.__file__).parent
     shutil.copytree(source, tmp_path / "dlzo_kernels", ignore=shutil.ignore_patterns("_C*.so"))
+    # An editable install would find the extension where it was built.
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]; "
+        "sys.path.insert(0, '.'); import dlzo_kernels"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import dlzo_kernels"],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -119,3 +125,21 @@ def test_the_first_column_that_can_run_is_used_unless_one_is_named(monkeypatch):
     monkeypatch.setenv("DLZO_GPU", "cuda")
     with pytest.raises(ValueError, match="'cuda' cannot run here: it is broken"):
         _gpu.selected()
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        *(((7, 5), False), ((8, 0), True), ((8, 7), True), ((9, 0), True), ((11, 0), False)),
+        *(((10, 3), True), ((12, 0), True), ((12, 1), True), ((13, 0), True)),
+    ],
+)
+def test_machine_code_fits_a_gpu_or_not(capability, runs):
+    assert _gpu.has_code_for(*capability, "80, 86, 89, 90, 100, 120") == runs
+
+
+def test_numbers_for_a_kernel_go_by_value_or_are_made_where_it_runs():
+    found, kept = _gpu.directions(torch.device("cpu"), np.int64(5), range(3), np.float32(0.5))
+    assert found[:4] == (3, 5, 0, 0.5)
+    assert torch.equal(kept[0], torch.arange(3, dtype=torch.int32))
+    assert found.queries == kept[0].data_ptr()

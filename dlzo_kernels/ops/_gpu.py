@@ -14,6 +14,7 @@ from dlzo_kernels import _C
 from dlzo_kernels.ops._parts import Directions
 
 COLUMNS = ("cuda", "triton")
+OLDEST_TRITON = (3, 6)  # earlier ones do not compile the kernels
 
 
 def why_not(column: str) -> str:
@@ -21,12 +22,36 @@ def why_not(column: str) -> str:
     if column == "triton":
         if find_spec("triton") is None:
             return "triton is not installed: pip install 'dlzo-kernels[triton]'"
+        if (found := _triton_version()) < OLDEST_TRITON:
+            return f"triton {found[0]}.{found[1]} is too old: pip install 'triton>=3.6'"
         return "" if torch.cuda.is_available() else "torch sees no GPU"
     if not hasattr(_C, "cuda"):
         return "this build has no CUDA kernels: install it where nvcc is on the PATH"
     if torch.version.hip is not None:
         return "torch was built for ROCm"
-    return _C.cuda.why_no_device() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+    reason = _C.cuda.why_no_device() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+    if not reason and not has_code_for(*torch.cuda.get_device_capability(), _C.cuda.ARCHITECTURES):
+        reason = (
+            f"this build has CUDA kernels for sm {_C.cuda.ARCHITECTURES}, none of which the GPU "
+            "runs: install it with its architecture in DLZO_CUDA_ARCHS"
+        )
+    return reason
+
+
+def has_code_for(major: int, minor: int, architectures: str) -> bool:
+    """Whether a GPU of this compute capability runs a build for "80, 90" and the like.
+
+    Machine code runs on later minor versions, PTX, which there is of the newest, on all later ones.
+    """
+    built, own = [int(name) for name in architectures.split(", ")], 10 * major + minor
+    return own >= max(built) or any(own // 10 == a // 10 and own >= a for a in built)
+
+
+def _triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def select(column: str) -> None:
@@ -87,9 +112,11 @@ def directions(
     def place(values: Any, dtype: torch.dtype) -> tuple[Any, int]:
         if isinstance(values, Sequence) and len(values) == 1:
             values = values[0]
-        if isinstance(values, int | float):
+        if not isinstance(values, Sequence | Tensor):
             return values, 0
-        if isinstance(values, Sequence):
+        if isinstance(values, range):  # without a copy, which a graph would have to repeat
+            values = torch.arange(values.start, values.stop, dtype=torch.int32, device=device)
+        elif isinstance(values, Sequence):
             host = torch.tensor(values, dtype=dtype, device="cpu").pin_memory()
             values = host.to(device, non_blocking=True)
         kept.append(values)

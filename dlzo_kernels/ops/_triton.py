@@ -421,7 +421,8 @@ def whole_place(part: Parts, tile: tl.tensor, VECTOR: tl.constexpr) -> Place:
     block = (part.offset + start).to(tl.uint64) >> 2
     low = block.to(tl.uint32) + tl.arange(0, WHOLE // VECTOR).to(tl.uint32) * (VECTOR // 4)
     column = start + tl.arange(0, WHOLE)
-    return Place(low, (block >> 32).to(tl.uint32), column, column, None)
+    inside = tl.full((WHOLE,), True, tl.int1)
+    return Place(low, (block >> 32).to(tl.uint32), column, column, inside)
 
 
 @jit

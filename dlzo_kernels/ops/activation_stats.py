@@ -103,13 +103,14 @@ def _activation_stats(x: Tensor, per: str) -> tuple[Tensor, ...]:
 
 def _launch(x: Tensor, sizes: tuple[int, int, int], pointers: _Addresses) -> None:
     room = _C.gpu.partials(*sizes) * _C.gpu.PARTIAL_BYTES
-    workspace = x.new_empty(room, dtype=torch.uint8).data_ptr()
+    workspace = x.new_empty(room, dtype=torch.uint8)  # until the kernels are enqueued
+    addresses = pointers, workspace.data_ptr()
     if _gpu.selected() == "cuda":
         code = DTYPE_CODES[x.dtype]
-        arguments = (x.data_ptr(), code, *sizes, pointers, workspace)
+        arguments = (x.data_ptr(), code, *sizes, *addresses)
         _gpu.launch(_C.gpu.activation_stats(*arguments), x.device)
     else:
-        launch(triton_plans(x.data_ptr(), x.dtype, *sizes, pointers, workspace), x.device)
+        launch(triton_plans(x.data_ptr(), x.dtype, *sizes, *addresses), x.device)
 
 
 @torch.library.register_fake("dlzo::activation_stats", lib=LIBRARY)
