@@ -3,12 +3,14 @@
     python benchmarks/scale.py
 
 Measured here: bytes on the loopback device per all-reduce of a step's losses, and its time, for 2
-to 4 ranks of gloo on this machine. Simulated from these and from the step of benchmarks/results/
-sst2_seed0.json: the step of N workers. The figures land in benchmarks/results/scale.json.
+to 4 ranks of gloo on this machine. Simulated from these, from the step on SST-2 in results/
+speed_table.csv (bfloat16, prefix cached) and from the kernels' times in results/kernels.csv: the
+step of N workers. The figures land in results/scale.json.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
@@ -21,6 +23,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tables import find
 
 from dlzo.files import replace_file
 
@@ -29,8 +32,6 @@ ROUNDS = 2000
 RANKS = (2, 3, 4)
 WORKERS = (8, 64, 1000)
 SPREAD = 0.05  # standard deviation of a share's time, as a part of it, assumed
-# ns per weight on one thread: plus, minus and the update (benchmarks/results/kernels.csv).
-PERTURB_NS, UPDATE_NS = 0.843, 0.728
 LAYER = 3_540_096
 
 
@@ -68,18 +69,30 @@ def all_reduce(size: int, work: Path) -> dict[str, float]:
     return json.loads(out.read_text())
 
 
-def simulate(workers: int, units: int, step_ms: float, hop_us: float) -> dict[str, float]:
+def step_and_own_ms() -> tuple[float, float]:
+    """A whole step, and what of it every rank does: two perturbations and an update."""
+    step = find(RESULTS / "speed_table.csv", {"dtype": "bfloat16", "task": "sst2"})
+    with (RESULTS / "kernels.csv").open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    ns = {row["what"]: float(row["ns_per_element"]) for row in rows if row["threads"] == "2"}
+    accumulate = ns["accumulate_ of 1,000 directions"]
+    return float(step["ours_cached_ms"]), (2 * ns["perturb_ bfloat16"] + accumulate) * LAYER / 1e6
+
+
+def simulate(
+    workers: int, units: int, step_ms: float, own_ms: float, hop_us: float
+) -> dict[str, float]:
     """A step of N workers: median of the slowest share, the rank's own work, and the all-reduce.
 
     Args:
         workers: N.
         units: examples x directions, each scored by one worker.
         step_ms: of one worker that scores 16 units.
+        own_ms: what of it is not shared.
         hop_us: of one message of an all-reduce: a ring, as in gloo, takes 2 (N - 1) of them one
             after the other, a tree 2 log2 N.
     """
     draw = random.Random(0)
-    own_ms = (2 * PERTURB_NS + UPDATE_NS) * LAYER / 1e6
     share_ms = -(-units // workers) * (step_ms - own_ms) / 16
     busy = min(workers, units)
     slowest_ms = median(
@@ -102,10 +115,10 @@ def simulate(workers: int, units: int, step_ms: float, hop_us: float) -> dict[st
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wire = {size: all_reduce(size, Path(folder)) for size in RANKS}
-    step_ms = json.loads((RESULTS / "sst2_seed0.json").read_text())["step_ms_median"]
+    step_ms, own_ms = step_and_own_ms()
     hop_us = wire[2]["us"] / 2
     simulated = [
-        simulate(workers, units, step_ms, hop_us)
+        simulate(workers, units, step_ms, own_ms, hop_us)
         for workers in WORKERS
         for units in (16, 16 * workers)
     ]

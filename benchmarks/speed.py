@@ -223,7 +223,10 @@ def readable(row: dict[str, Any]) -> dict[str, str]:
         "task": row["task"],
         "positions, plain / ours": f"{row['plain_positions']:,} / {row['our_positions']:,}",
         **{title: f"{row[f'{name}_ms'] / 1e3:.3g}" for name, title in names.items()},
-        **{title: f"{row[name]} ({row[f'{name}_quartiles']})" for name, title in ratios.items()},
+        **{
+            title: row[name] + (f" ({row[f'{name}_quartiles']})" if row["rounds"] > 1 else "")
+            for name, title in ratios.items()
+        },
         "rounds": row["rounds"],
     }
 
