@@ -139,8 +139,9 @@ def zo_step(
     weights exactly as they were. No global random state is touched.
 
     Where the layer is on a GPU and the losses are tensors there, nothing waits for the device
-    between the evaluations and the update: the projected gradient is computed there. Inside a CUDA
-    graph, open the step before the capture and give a seed in device memory, to replay with others.
+    between the evaluations and the update: the projected gradient is computed there. For a CUDA
+    graph, take a whole step first, which loads the kernels; then open one before the capture, with
+    a seed in device memory, to replay with others.
 
     Args:
         layer: a module (its parameters that require grad are tuned), a tensor, or an iterable of

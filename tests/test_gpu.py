@@ -231,6 +231,36 @@ def test_a_step_waits_for_nothing(dtype):
     assert result.loss_plus == plus.item()
 
 
+@pytest.mark.parametrize("directions", [1, 3])
+def test_a_captured_step_takes_new_seeds(dtype, directions):
+    layer, here = layer_on("cuda", dtype), layer_on("cpu", dtype)
+    x = torch.randn(8, 64, device="cuda", dtype=dtype)
+    seed = torch.tensor([3], device="cuda")
+
+    def loss() -> Tensor:
+        return (layer(x) - x).float().square().mean()
+
+    # A first step compiles and loads the kernels.
+    dk.zo_step(layer, 0, 1e-2, 0.0, closure=loss, directions=directions)
+    step, plus, minus = dk.zo_step(layer, seed, 1e-2, 1e-2, directions=directions), [], []
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for k in range(directions):
+            with step.plus(k):
+                plus.append(loss())
+            with step.minus(k):
+                minus.append(loss())
+        result = step.update(plus, minus)
+    for number in (7, 2**63 - 1):
+        seed.fill_(number)
+        graph.replay()
+        grads = result._numbers[2 * directions : -1].tolist()
+        scales, queries = dk.update_scales(1e-2, grads), range(directions)
+        dk.zo_replay(here, [number] * directions, scales, queries)
+        for on_gpu, on_cpu in zip(layer.parameters(), here.parameters(), strict=True):
+            same(on_gpu.detach(), on_cpu.detach())
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_loss_that_is_not_finite_moves_nothing(dtype, bad):
     layer = layer_on("cuda", dtype)

@@ -262,7 +262,7 @@ def test_a_signal_at_any_line_leaves_a_whole_layer(take):
     assert ended and until > 100
 
 
-def test_a_handler_in_c_and_an_ignored_signal_are_left_alone():
+def test_a_handler_in_c_and_an_ignored_signal_are_left_alone(tmp_path):
     code = """
 import faulthandler, os, signal, torch, dlzo_kernels
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -272,7 +272,9 @@ dlzo_kernels.zo_step(w, 1, 1e-2, 1e-2, closure=lambda: os.kill(os.getpid(), sign
 os.kill(os.getpid(), signal.SIGTERM)
 print("alive")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout == "alive\n" and "most recent call first" in done.stderr
 
 
