@@ -647,7 +647,8 @@ class _Held:
         # First of all: from here on a signal may raise, and whoever is still in place passes it on.
         self._is_open = False
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._handle:  # unless user code has set its own
+                signal.signal(number, handler)
         for number in self._late:
             signal.raise_signal(number)
 

@@ -278,6 +278,13 @@ print("alive")
     assert done.stdout == "alive\n" and "most recent call first" in done.stderr
 
 
+def test_a_handler_that_the_closure_sets_stays():
+    own, later = signal.getsignal(signal.SIGINT), lambda number, frame: None
+    w = torch.ones(3)
+    zo_step(w, 1, 1e-2, 1e-2, closure=lambda: signal.signal(signal.SIGINT, later) and 0.0)
+    assert signal.signal(signal.SIGINT, own) is later
+
+
 def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
     from dlzo_kernels.ops import perturb as module
 
