@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from tables import append, find, read_rows, write_rows
+from tables import append, find, matching, read_rows, write_rows
 
 from dlzo.config import TrainConfig
 from dlzo.evaluation import Evaluation, evaluate
@@ -187,7 +187,7 @@ class Bench:
 
 def find_run(run: Run, test: bool) -> dict[str, str] | None:
     """The row of a finished run; with `test` only if it was tested, as those of a sweep are not."""
-    rows = (row for row in read_rows(RUNS) if asdict(run).items() <= row.items())
+    rows = matching(RUNS, asdict(run))
     return next((row for row in rows if row["test_loss"] or not test), None)
 
 

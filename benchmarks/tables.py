@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def matching(path: Path, key: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The rows that have these values."""
+    return (row for row in read_rows(path) if key.items() <= row.items())
+
+
 def find(path: Path, key: dict[str, str]) -> dict[str, str] | None:
     """The first row that has these values."""
-    return next((row for row in read_rows(path) if key.items() <= row.items()), None)
+    return next(matching(path, key), None)
 
 
 def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

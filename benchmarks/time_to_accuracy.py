@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from mezo import batch_loss, encode_batch, mezo_step
 from quality import BUDGETS, RUNS
 from speed import BATCH_SIZE, our_step
-from tables import append, read_rows
+from tables import append, matching, read_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.evaluation import score
@@ -131,7 +131,7 @@ class Run:
 def best_settings(task: str, method: str) -> dict[str, str]:
     """The row of RUNS of a method's grid with the lowest validation loss."""
     key = {"task": task, "method": method, "seed": str(SEED), "steps": str(BUDGETS[task].steps)}
-    rows = [row for row in read_rows(RUNS) if key.items() <= row.items()]
+    rows = list(matching(RUNS, key))
     if not rows:
         raise SystemExit(f"{RUNS} has no run of {method} on {task}: make it with quality.py")
     return min(rows, key=lambda row: float(row["best_validation_loss"]))

@@ -240,6 +240,7 @@ class ZOStep:
         if lr is not None:
             _check_rates(lr, self._weight_decay)
             self._lr = lr
+        self._taken = True
         with _Held():
             return self._finish(plus, minus, max_loss)
 
@@ -306,7 +307,6 @@ class ZOStep:
         return self._finish_here([*map(float, plus)], [*map(float, minus)], max_loss)
 
     def _finish_here(self, plus: list[float], minus: list[float], max_loss: float) -> StepResult:
-        self._taken = True
         grads = [(p - m) / (2 * self._eps) for p, m in zip(plus, minus, strict=True)]
         scales = update_scales(self._lr, grads)
         applied = all(math.isfinite(loss) and loss <= max_loss for loss in (*plus, *minus)) and all(
@@ -324,7 +324,6 @@ class ZOStep:
 
     def _finish_on(self, device: torch.device, losses: Tensor, max_loss: float) -> StepResult:
         """As _finish_here, to the bit, without waiting for the device."""
-        self._taken = True
         losses = losses.double().view(2, -1)
         # torch multiplies by the reciprocal of a number; a tensor divides.
         twice_eps = torch.full((), 2 * self._eps, dtype=torch.float64, device=device)
@@ -609,16 +608,22 @@ def _version(tensor: Tensor) -> int:
 
 
 def _as_list(losses: Loss | Sequence[Loss]) -> list[Loss]:
-    return [_kept(loss) for loss in (losses if isinstance(losses, Sequence) else [losses])]
+    return [_number(loss) for loss in (losses if isinstance(losses, Sequence) else [losses])]
 
 
 def _kept(loss: Loss) -> Loss:
-    """A number, or a copy on its GPU that the next evaluation cannot overwrite."""
+    """Its number, on a GPU a copy that the next evaluation cannot overwrite."""
+    number = _number(loss)
+    return number.clone() if isinstance(number, Tensor) else number
+
+
+def _number(loss: Loss) -> Loss:
+    """A loss as a float, or where it is on a GPU as a 0-d tensor there."""
     if not isinstance(loss, Tensor):
         return float(loss)
     if loss.numel() != 1:
         raise ValueError(f"a loss has shape {tuple(loss.shape)}; give one number per direction")
-    return loss.detach().reshape(()).clone() if loss.is_cuda else loss.item()
+    return loss.detach().reshape(()) if loss.is_cuda else loss.item()
 
 
 class _Held:

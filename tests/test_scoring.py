@@ -215,21 +215,23 @@ def test_weights_shared_with_another_layer_move_there_too():
 
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_mixture_of_experts_is_packed_unless_it_windows_by_a_mask(window):
-    model = AutoModelForCausalLM.from_config(
-        Qwen2MoeConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_experts=4,
-            num_experts_per_tok=2,
-            initializer_range=0.2,
-            sliding_window=window,
-            use_sliding_window=window is not None,
-            max_window_layers=0,
-        )
-    ).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            Qwen2MoeConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_experts=4,
+                num_experts_per_tok=2,
+                initializer_range=0.2,
+                sliding_window=window,
+                use_sliding_window=window is not None,
+                max_window_layers=0,
+            )
+        ).eval()
     scorer = Scorer(model, byte_tokenizer())
     assert (scorer.trees_problem is None) == (window is None)
     (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))

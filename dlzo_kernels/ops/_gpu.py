@@ -23,7 +23,8 @@ def why_not(column: str) -> str:
         if find_spec("triton") is None:
             return "triton is not installed: pip install 'dlzo-kernels[triton]'"
         if (found := _triton_version()) < OLDEST_TRITON:
-            return f"triton {found[0]}.{found[1]} is too old: pip install 'triton>=3.6'"
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"triton {found[0]}.{found[1]} is too old: pip install 'triton>={oldest}'"
         return "" if torch.cuda.is_available() else "torch sees no GPU"
     if not hasattr(_C, "cuda"):
         return "this build has no CUDA kernels: install it where nvcc is on the PATH"

@@ -115,6 +115,12 @@ def check_free(out: Path, overwrite: bool) -> None:
         )
     if not _is_result(out):
         raise UserError(f"output {str(out)!r} is not a result of dlzo: choose another folder")
+    replaced = _replaced(out)
+    if replaced.exists() and not _is_result(replaced):
+        raise UserError(
+            f"{str(replaced)!r}, where the earlier result would be kept, is not a result of dlzo: "
+            "choose another output folder"
+        )
 
 
 def _is_result(out: Path) -> bool:
@@ -128,11 +134,6 @@ def _replaced(out: Path) -> Path:
 def _move_aside(out: Path) -> None:
     """Keeps the last finished result, or else the last unfinished run, as OUT.replaced."""
     replaced = _replaced(out)
-    if replaced.exists() and not _is_result(replaced):
-        raise UserError(
-            f"{str(replaced)!r}, where the earlier result would be kept, is not a result of dlzo: "
-            "choose another output folder"
-        )
     if replaced.exists() and (out / METRICS_FILE).exists():
         shutil.rmtree(replaced)
     if replaced.exists():

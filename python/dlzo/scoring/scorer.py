@@ -466,10 +466,10 @@ class Scorer:
         self.trees_problem = self._problem(best, (), expected) or self._leak()
         if self.layer is None:
             return
-        best = _plan(batch, self._lay_out({first, second}))
         if (shared := self._find_shared_weights()) is not None:
             self.states_problem, self.cache_problem = shared, shared
             return
+        best = _plan(batch, self._lay_out({first, second}))
         if len(self.layers) > 1:
             self.states_problem = f"{len(self.layers)} layers are tuned"
         else:
