@@ -174,6 +174,7 @@ def test_without_data_the_task_has_its_public_data_set(run, model, data, tmp_pat
 BAD = {
     "model": (["probe", "no/such-model-here"], "no/such-model-here"),
     "dtype": (["probe", "MODEL", "--dtype", "int8"], "'int8'"),
+    "device": (["probe", "MODEL", "--device", "gpu"], "'gpu'"),
     "text": (["probe", "MODEL", "--text", "missing.txt"], "missing.txt"),
     "plot": (["probe", "MODEL", "--plot", "x.gif"], ".gif"),
     "json": (["probe", "MODEL", "--json", "no/where/x.json"], "no/where/x.json"),

@@ -9,6 +9,7 @@ Under NVIDIA's checker: `compute-sanitizer --tool memcheck pytest -m gpu`, and a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 
 import dlzo_kernels as dk
 from bits import VIEWS, assert_same_bits, weights
+from dlzo.adapter import load_adapter
+from dlzo.evaluation import evaluate
+from dlzo.probe import probe
+from dlzo.replay import replay
+from dlzo.trainer import train
 from dlzo_kernels.ops import _gpu
+from runs import CONFIG, TOKENIZER, write_data
+from tiny import tiny_model
 from trees import assert_right, chain, inputs, tree
 
 pytestmark = [
@@ -292,6 +300,30 @@ def test_a_run_replays_to_the_same_bits_on_the_cpu(dtype, directions):
     dk.zo_replay(here, seeds, scales, queries)
     for on_gpu, on_cpu in zip(there.parameters(), here.parameters(), strict=True):
         same(on_gpu.detach(), on_cpu.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, method="mezo", layer=None, steps=20)])
+def test_a_training_run_has_the_same_bits_on_the_cpu(dtype, config, tmp_path):
+    data, out = write_data(tmp_path / "data"), tmp_path / "out"
+    there, loaded, replayed = (tiny_model(dtype=dtype) for _ in range(3))
+    metrics = train(there.cuda(), TOKENIZER, config, data, out)
+    load_adapter(loaded, out)
+    replay(replayed, out / "journal.zo", tmp_path / "again", until=metrics["best"]["step"])
+    close = 1e-4 if dtype == torch.float32 else 3e-2
+    assert evaluate(loaded, TOKENIZER, "sst2", data)["loss"] == pytest.approx(
+        metrics["test"]["loss"], rel=close
+    )
+    assert evaluate(there, TOKENIZER, "sst2", data) == metrics["test"]
+    for here in (loaded, replayed):
+        for name, weight in there.state_dict().items():
+            same(weight, here.state_dict()[name])
+
+
+def test_the_probe_finds_the_same_layer():
+    here, there = (probe(tiny_model().to(name), TOKENIZER) for name in ("cpu", "cuda"))
+    assert there.decision.layer == here.decision.layer
+    assert there.decision.verdict == here.decision.verdict
 
 
 def test_operators_are_registered():

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import dlzo.models
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers, load_gguf, load_model, parse_dtype
+from dlzo.models import decoder_layers, load_gguf, load_model, parse_device, parse_dtype
 from tiny import CONFIGS, byte_tokenizer, tiny_model
 from tiny_gguf import write_gguf
 
@@ -128,6 +128,39 @@ def test_not_a_gguf(tmp_path: Path, content: bytes) -> None:
 def test_dtype_is_refused_before_loading() -> None:
     with pytest.raises(UserError, match=r"torch.int8 is not supported"):
         load_model("/no/such/folder", dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "message"),
+    [
+        ("cuda", 0, "finds no GPU"),
+        ("cuda:2", 2, "finds 2 GPUs"),
+        *((name, 2, "not supported") for name in ("gpu", "cuda:", "cuda:x", "CPU", "meta", "")),
+    ],
+)
+def test_device_is_refused_before_loading(
+    monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=message):
+        load_model("/no/such/folder", device=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "device"),
+    [
+        ("cpu", "1", "cpu"),
+        ("cuda", "0", "cuda:0"),
+        ("cuda", "3", "cuda:1"),
+        ("cuda:0", "1", "cuda:0"),
+    ],
+)
+def test_each_rank_takes_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, name: str, rank: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert parse_device(name) == torch.device(device)
 
 
 def test_folder_without_config(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ Data = Annotated[
 ]
 Adapter = Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 for the second GPU.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result: a .png or .svg file.")]
 
 
@@ -84,13 +85,14 @@ def probe_command(
     model: Model,
     text: Annotated[Path | None, typer.Option(help="Texts to read, one a paragraph.")] = None,
     dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     plot: Plot = None,
 ) -> None:
     """Find the dominant layer of a model by forward passes."""
     _check_outputs(plot, json_file)
     texts = None if text is None else read_texts(text)
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     report = probe(loaded, tokenizer, texts)
     for table in (report.table(), report.channel_table(), report.variation_table()):
         console.print(table)
@@ -114,13 +116,14 @@ def sensitivity_command(
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
     seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     plot: Plot = None,
 ) -> None:
     """Measure each layer's zeroth-order signal, its stability and how its effect grows."""
     _check_outputs(plot, json_file)
     chosen, folder = _parse_layers(layers), _data_folder(task, data)
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     with Progress(console=console) as bar:
         progress = bar.add_task("measuring layers", total=len(chosen or decoder_layers(loaded)))
         report = sensitivity(
@@ -200,6 +203,7 @@ def train_command(
         float, typer.Option(help="Most seconds that a power cut may take.")
     ] = _DEFAULTS.sync_seconds,
     dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     resume_from: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
@@ -239,7 +243,7 @@ def train_command(
             sync_seconds=sync_seconds,
         )
         folder = _data_folder(task, data)
-        loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+        loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
         with _resumable(out), _progress(steps) as on_progress:
             metrics = train(
                 loaded, tokenizer, config, folder, out, overwrite=overwrite, on_progress=on_progress
@@ -285,12 +289,13 @@ def eval_command(
     adapter: Adapter = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Score a model, as it is or with an adapter, on one split of a task."""
     _check_outputs(None, json_file)
     folder = _data_folder(task, data)
-    loaded, tokenizer = _load(model, adapter, dtype)
+    loaded, tokenizer = _load(model, adapter, dtype, device)
     found = evaluate(loaded, tokenizer, task, folder, cast(Split, split))
     console.print_json(json.dumps(found))
     if json_file is not None:
@@ -306,11 +311,12 @@ def lm_eval_command(
     limit: Annotated[int | None, typer.Option(help="The most examples of a task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a forward.")] = 1,
     dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Ask lm-evaluation-harness for a second opinion on a model, with or without an adapter."""
     _check_outputs(None, json_file)
-    loaded, tokenizer = _load(model, adapter, dtype)
+    loaded, tokenizer = _load(model, adapter, dtype, device)
     found = lm_eval(
         loaded, tokenizer, tasks.split(","), include=include, limit=limit, batch_size=batch_size
     )
@@ -360,7 +366,8 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "not enough memory" not in str(error):
+        lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not lacking and "not enough memory" not in str(error):
             raise
         _fail("out of memory: choose bfloat16, a smaller model or a smaller --batch-size")
 
@@ -381,9 +388,9 @@ def _check_outputs(plot: Path | None, json_file: Path | None = None) -> None:
 
 
 def _load(
-    model: str, adapter: str | None, dtype: str
+    model: str, adapter: str | None, dtype: str, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype))
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     if adapter is not None:
         load_adapter(loaded, adapter)
     return loaded, tokenizer
@@ -408,7 +415,9 @@ def _resume(out: Path) -> Metrics:
     if (out / METRICS_FILE).exists():
         say(f"the run in {out} is finished")
     settings = from_first_rank(lambda: read_settings(out))
-    loaded, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
+    # Earlier releases had the CPU only, and did not say so.
+    dtype, device = parse_dtype(settings["dtype"]), str(settings.get("device", "cpu"))
+    loaded, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
     with (
         _resumable(out, begun=True),
         _progress(settings["config"].get("steps")) as on_progress,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -55,6 +57,27 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is not supported: choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def parse_device(name: str) -> torch.device:
+    """The torch device called `name`: cpu, cuda (of ROCm too), or cuda:1 for the second GPU.
+
+    For `cuda`, each rank that torchrun has started on a machine gets another GPU.
+
+    Raises:
+        UserError: it is none of these, or there is no such GPU.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:[0-9]+)?", name):
+        raise UserError(f"device {name!r} is not supported: choose cpu, cuda or cuda:1")
+    if (count := torch.cuda.device_count()) == 0:
+        raise UserError(f"device is {name!r} and torch finds no GPU: choose cpu")
+    index = name.removeprefix("cuda").removeprefix(":")
+    number = int(index or os.environ.get("LOCAL_RANK", "0"))
+    if index and number >= count:
+        raise UserError(f"device is {name!r} and torch finds {count} GPUs: choose one from cuda:0")
+    return torch.device("cuda", number % count)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -124,24 +147,31 @@ def sole_use(model: nn.Module) -> Iterator[None]:
 
 
 def load_model(
-    name_or_path: str, *, dtype: torch.dtype = torch.bfloat16
+    name_or_path: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model onto the CPU, in eval mode, and its tokenizer.
+    """Load a causal language model, in eval mode, and its tokenizer.
 
     Args:
         name_or_path: a local folder, a GGUF file (its weights are de-quantised), the id of a model
             on the Hugging Face hub, or `smollm2`.
         dtype: the type of the weights: float32, bfloat16 or float16.
+        device: where they lie: cpu, cuda, or cuda:1 for the second GPU.
 
     Raises:
-        UserError: there is no such model, it cannot be read, or it does not fit into memory.
+        UserError: there is no such model or device, the model cannot be read, or it does not fit
+            into memory.
     """
     if dtype not in DTYPES.values():
         raise UserError(f"{dtype} is not supported: choose one of {', '.join(DTYPES)}")
+    place = parse_device(device)
     source, options = _resolve(name_or_path)
     model, tokenizer = _load(name_or_path, source, options, dtype)
     model.name_or_path = name_or_path
-    return model, tokenizer
+    try:
+        # The decorator of transformers takes `to` for a function.
+        return model.to(place), tokenizer  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(name_or_path, source, options, dtype) from error
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

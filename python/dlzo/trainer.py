@@ -119,6 +119,7 @@ def train(
                 settings = {
                     "model": absolute_name(model.name_or_path),
                     "dtype": dtype_name(model),
+                    "device": model.device.type,
                     "data": str(Path(data_dir).resolve()),
                     "config": asdict(config),
                 }
