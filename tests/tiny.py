@@ -74,7 +74,7 @@ CONFIGS = {
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model of four layers, the same at each call."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype).eval()
 
