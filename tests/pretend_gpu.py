@@ -90,7 +90,7 @@ class OnGpu(Tensor):
         given = {id(x.held): x for x in tensors if isinstance(x, OnGpu)}  # written in place
 
         def wrapped(x: Any) -> Any:
-            return given.get(id(x), OnGpu(x)) if isinstance(x, Tensor) else x  # type: ignore[call-overload]
+            return given.get(id(x), OnGpu(x)) if isinstance(x, Tensor) else x
 
         return tree_map(wrapped, out)
 
@@ -181,7 +181,7 @@ def pretend() -> None:
     _load_guard()
     # Else nn.Module.to keeps the parameters, which are of the CPU's class.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    Tensor.to = _to(Tensor.to)  # type: ignore[method-assign]
+    Tensor.to = _to(Tensor.to)
     F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention)
     _Factories().__enter__()
     step.perturb_layer = low_rank.perturb_layer = _on_held(step.perturb_layer)
