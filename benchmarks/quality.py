@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,17 @@ from matplotlib.figure import Figure
 from tables import append, find, matching, read_rows, write_rows
 
 from dlzo.config import TrainConfig
+from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, evaluate
+from dlzo.journal import Reader
 from dlzo.learning_rate import find_lr
+from dlzo.metrics import Progress, history
 from dlzo.models import load_model
 from dlzo.plots import tidy
+from dlzo.run import JOURNAL_FILE
 from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
-from dlzo.trainer import resume, train
+from dlzo.trainer import DIVERGED, resume, train
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -141,11 +145,16 @@ class Bench:
             return found
         model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
         out = self.folder / run.name
-        if (out / "run.json").exists():
-            metrics = resume(model, tokenizer, out)
-        else:
-            shutil.rmtree(out, ignore_errors=True)
-            metrics = train(model, tokenizer, config, self._training_data(config.task), out)
+        try:
+            if (out / "run.json").exists():
+                metrics: Mapping[str, Any] = resume(model, tokenizer, out)
+            else:
+                shutil.rmtree(out, ignore_errors=True)
+                metrics = train(model, tokenizer, config, self._training_data(config.task), out)
+        except UserError:
+            if (given_up := figures_if_given_up(out)) is None:
+                raise
+            metrics = given_up
         # The model is left with the best weights.
         tested = evaluate(model, tokenizer, config.task, self.data / config.task) if test else {}
         if found := find_run(run, test):  # by another process meanwhile
@@ -189,6 +198,22 @@ class Bench:
                 lines = file.readlines()
             (folder / name).write_text("".join(lines[: 8 if name == "test.jsonl" else None]))
         return folder
+
+
+def figures_if_given_up(out: Path) -> dict[str, Any] | None:
+    """Of a run that ended early because its losses exploded; None of any other."""
+    progress, records = Progress(), list(Reader(out / JOURNAL_FILE))
+    for record in records:
+        progress.take(record)
+    if progress.skipped_in_a_row < DIVERGED:
+        return None
+    return {
+        "best": progress.best,
+        "final": {"loss": None, "accuracy": math.nan},
+        "skipped": progress.skipped,
+        "step_ms_median": None,
+        "history": list(history(records)),
+    }
 
 
 def find_run(run: Run, test: bool) -> dict[str, str] | None:

@@ -131,6 +131,22 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits_without_a_probe(data, tmp_
     assert same(state(resumed), state(model))
 
 
+def test_a_second_run_on_the_same_model_starts_from_its_weights(data, tmp_path):
+    # So small a move shows in the masters alone; those must not outlive the run's.
+    first, second = (
+        replace(SHORT, steps=10, eval_every=10, lr=lr, channels=(7, 9)) for lr in (1e-5, 1e-3)
+    )
+    model, fresh = tiny_model(dtype=torch.bfloat16), tiny_model(dtype=torch.bfloat16)
+    train(model, TOKENIZER, first, data, tmp_path / "first")
+    fresh.load_state_dict(state(model))
+    for name, tuned in (("used", model), ("fresh", fresh)):
+        train(tuned, TOKENIZER, second, data, tmp_path / name)
+    assert same(state(model), state(fresh))
+    assert (tmp_path / "used" / "journal.zo").read_bytes() == (
+        tmp_path / "fresh" / "journal.zo"
+    ).read_bytes()
+
+
 def test_lr_zero_changes_no_bit(data, tmp_path):
     model = tiny_model("gpt2", torch.bfloat16)
     before = state(model)

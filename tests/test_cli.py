@@ -204,7 +204,17 @@ BAD = {
     "channels of mezo": ("--method lozo --channels 7", "tunes all channels"),
     "top": ("--channels outlier --top 0", "top is 0.0"),
     "negative layer": ("--layer -1", "layer is -1"),
+    "rank": ("--rank 4", "rank is given without --method lozo or lora"),
+    "interval": ("--method lora --interval 4", "interval is given without --method lozo"),
+    "top alone": ("--top 0.1", "top is given without --channels outlier"),
+    "directions": ("--directions 65536", "directions is 65536"),
     "eps": ("--eps 0", "eps is 0.0"),
+    "large eps": ("--eps 1e38", "eps is 1e+38"),
+    "small eps": (
+        ["sensitivity", "MODEL", "--task", "sst2", "--data", "DATA", "--eps", "1e-40"],
+        "eps is 1e-40",
+    ),
+    "long name": (["probe", "x" * 300], "cannot be used (File name too long)"),
     "eps nan": ("--eps nan", "eps is nan"),
     "lr": ("--lr inf", "lr is inf"),
     "steps": ("--steps 0", "steps is 0"),
@@ -273,6 +283,53 @@ def test_an_interrupted_run_says_how_it_goes_on(run, model, data, tmp_path, fini
         assert ("is finished" in text) == finished_before
     for name in ("journal.zo", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_each_interrupted_run_that_replaces_another_says_how_it_goes_on(
+    run, model, data, tmp_path, finished, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for when, weights in (("_step", True), ("_step", True), ("_cache_prefixes", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dlzo.trainer._Run.{when}", interrupt)
+            code, text, _ = run(*train_arguments(model, data, out, "--overwrite"))
+        assert code == 130 and f"dlzo train --resume {out}" in text
+        assert ("best weights so far" in text) == weights
+
+
+def test_a_run_of_another_device_goes_on_here(run, model, data, tmp_path, finished):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "metrics.json").unlink()
+    settings = json.loads((out / "run.json").read_text())
+    assert settings["device"] == "cpu"
+    (out / "run.json").write_text(json.dumps({**settings, "device": "mps:0"}))
+    code, _, err = run("train", "--resume", out)
+    assert code == 2 and "device 'mps:0' is not supported" in err
+    assert run("train", "--resume", out, "--device", "cpu")[0] == 0
+    assert (out / "metrics.json").exists()
+
+
+def test_damaged_settings_are_named(run, tmp_path, finished):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    settings = json.loads((out / "run.json").read_text())
+    settings["config"]["steps"] = "x"
+    (out / "run.json").write_text(json.dumps(settings))
+    code, _, err = run("train", "--resume", out)
+    assert code == 2 and "have no valid 'steps'" in err
+
+
+def test_a_name_with_brackets_is_shown_as_it_is(run, model, tmp_path):
+    odd = tmp_path / "b[/x]"
+    shutil.copytree(model, odd)
+    code, text, _ = run("probe", odd, "--dtype", "float32")
+    assert code == 0 and "b[/x]: none" in text
 
 
 def test_a_run_of_a_model_in_a_relative_folder_goes_on(run, model, data, tmp_path, monkeypatch):

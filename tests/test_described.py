@@ -135,6 +135,7 @@ BAD = {
     "options": (changed(FIXED, options=["a", ["b"]]), r"key 'options\[1\]' holds no text"),
     "text as options": (changed(FIXED, options="a"), "key 'options' is one text"),
     "option's brace": (changed(FIXED, options=["a", "}"]), r"key 'options\[1\]': "),
+    "half a pair": (SENTIMENT.replace("It was", "\\ud83d"), "key 'prompt' holds half of a"),
     "no label": (changed(FIXED, label=None), "key 'label' is missing"),
     "loss": (changed(FIXED, loss="hinge"), "loss 'hinge' of task 'headlines': choose options"),
     "both": (changed(FIXED, answers="a"), "key 'options' does not go with 'answers'"),

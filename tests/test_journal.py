@@ -289,8 +289,10 @@ def test_a_header_that_no_reader_would_take_is_not_written(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def step_part(number: int, *, applied: int = 1, count: int = 1, gradient: float = 0.1) -> bytes:
-    return struct.pack("<BBHIQdddd", 1, applied, count, number, 5, 3e-4, 0.7, 0.6, gradient)
+def step_part(
+    number: int, *, applied: int = 1, count: int = 1, gradient: float = 0.1, lr: float = 3e-4
+) -> bytes:
+    return struct.pack("<BBHIQdddd", 1, applied, count, number, 5, lr, 0.7, 0.6, gradient)
 
 
 @pytest.mark.parametrize(
@@ -299,8 +301,10 @@ def step_part(number: int, *, applied: int = 1, count: int = 1, gradient: float 
         (step_part(2), "a record of step 2 follows step 0"),
         (step_part(1, applied=2), "no known kind"),
         (step_part(1, count=0xFFFF), "no known kind"),
-        (step_part(1, gradient=math.nan), "not finite"),
-        (step_part(1, gradient=1e300), "not finite"),
+        (step_part(1, gradient=math.nan), "out of range"),
+        (step_part(1, gradient=1e300), "out of range"),
+        (step_part(1, gradient=0.0, lr=math.nan), "out of range"),
+        (step_part(1, lr=-3e-4), "out of range"),
         (struct.pack("<BBHI", 9, 0, 0, 1), "no known kind"),
         (struct.pack("<BBHI", 3, 0, 0xFFFF, 1), "no known kind"),
         (struct.pack("<BBHI", 2, 0, 9, 0) + b"[1, 2, 3]", "not valid JSON"),
@@ -313,6 +317,14 @@ def test_forged_records_are_damage(tmp_path, part, says):
     path.write_bytes(sealed(header_part(), part))
     records, damage = read(path)
     assert records == [] and says in damage
+
+
+def test_a_step_that_would_decay_everything_is_damage(tmp_path):
+    path = tmp_path / "journal.zo"
+    header = header_part(settings={**HEADER.settings, "weight_decay": 0.1})
+    path.write_bytes(sealed(header, step_part(1, lr=10.0)))
+    records, damage = read(path)
+    assert records == [] and "out of range" in damage
 
 
 def test_a_lying_count_takes_no_memory(tmp_path):

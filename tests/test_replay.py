@@ -53,6 +53,15 @@ def test_replay_gives_the_bits_of_the_run(run, tmp_path, until):
     assert same(state(fresh), states[last])
 
 
+def test_where_no_adapter_can_be_made_the_model_stays(run, tmp_path):
+    model = tiny_model(dtype=run[1])
+    before = state(model)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        replay(model, run[0], tmp_path / "file")
+    assert same(state(model), before)
+
+
 def test_a_compact_journal_gives_the_same_bits(run, tmp_path):
     journal, dtype, states = run
     compact(journal, tmp_path / "small.zo")

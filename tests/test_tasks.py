@@ -135,6 +135,7 @@ def test_empty_file_is_refused(tmp_path, text):
     [
         ('{"sentence": "cut off', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"sentence": "cut off \\ud83d", "label": 1}', "surrogates not allowed"),
         ("[1, 2]", "not a JSON object"),
         ('{"label": 1}', "no field 'sentence'"),
         ('{"sentence": "fine"}', "no field 'label'"),

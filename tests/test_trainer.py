@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -295,3 +296,16 @@ def test_the_layer_runs_under_the_models_own_forward_afterwards(data, tmp_path):
     model = tiny_model()
     train(model, TOKENIZER, SHORT, data, tmp_path / "out")
     assert all("forward" not in vars(layer) for layer in decoder_layers(model))
+
+
+def test_settings_may_be_numbers_of_numpy(tmp_path):
+    data = write_data(tmp_path / "data")
+    numbers = {"steps": 2, "eval_every": 2, "seed": 3, "layer": (1, 2), "eps": 0.25, "lr": 0.5**10}
+    plain = replace(CONFIG, **numbers)
+    odd = replace(CONFIG, **{name: np.array(value)[()] for name, value in numbers.items()})
+    assert odd == replace(plain, layer=[1, 2])
+    assert replace(odd, layer=tuple(np.arange(1, 3))) == plain
+    for name, config in (("plain", plain), ("odd", odd)):
+        train(tiny_model(), TOKENIZER, config, data, tmp_path / name)
+    journals = [(tmp_path / name / "journal.zo").read_bytes() for name in ("plain", "odd")]
+    assert journals[0] == journals[1]

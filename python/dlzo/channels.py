@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,13 +104,19 @@ def written_into(
     return found
 
 
+# By matrix and name. A float32 master belongs to a tensor: a new view would not show whether others
+# have written what it sees.
+_kept: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictionary()
+
+
 def _views(matrix: nn.Module, channels: Sequence[int]) -> nn.Module:
-    views = nn.Module()
+    views, kept = nn.Module(), _kept.setdefault(matrix, {})
     for name, parameter in matrix.named_parameters(recurse=False):
         outputs = parameter.ndim - 1 if isinstance(matrix, Conv1D) else 0
         for channel in channels:
-            view = parameter.detach().narrow(outputs, channel, 1)
-            views.register_parameter(
-                f"{name}[{channel}]", nn.Parameter(view, parameter.requires_grad)
-            )
+            view, key = parameter.detach().narrow(outputs, channel, 1), f"{name}[{channel}]"
+            if key not in kept or not kept[key].is_set_to(view):
+                kept[key] = nn.Parameter(view)
+            kept[key].requires_grad = parameter.requires_grad
+            views.register_parameter(key, kept[key])
     return views

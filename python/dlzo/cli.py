@@ -23,11 +23,11 @@ from rich.progress import (
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.adapter import load_adapter
+from dlzo.adapter import WEIGHTS_FILE, load_adapter
 from dlzo.calibration import read_texts
 from dlzo.cli_journal import app as journal_app
 from dlzo.cli_journal import warn
-from dlzo.config import TrainConfig
+from dlzo.config import TrainConfig, parse_config
 from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
 from dlzo.distributed import from_first_rank, joined, rank
 from dlzo.errors import UserError
@@ -203,7 +203,10 @@ def train_command(
         float, typer.Option(help="Most seconds that a power cut may take.")
     ] = _DEFAULTS.sync_seconds,
     dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu (the default), cuda, or cuda:1; of a resumed run, another one."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     resume_from: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
@@ -214,7 +217,7 @@ def train_command(
     _check_outputs(plot)
     if resume_from is not None:
         _refuse_beside_resume(context)
-        metrics = _resume(resume_from)
+        metrics = _resume(resume_from, device)
     elif model is None or task is None or out is None:
         raise UserError("train needs MODEL, --task and --out, or --resume FOLDER")
     else:
@@ -242,8 +245,9 @@ def train_command(
             sync_steps=sync_steps,
             sync_seconds=sync_seconds,
         )
+        _refuse_without_effect(context, config)
         folder = _data_folder(task, data)
-        loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
+        loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device or "cpu")
         with _resumable(out), _progress(steps) as on_progress:
             metrics = train(
                 loaded, tokenizer, config, folder, out, overwrite=overwrite, on_progress=on_progress
@@ -365,6 +369,10 @@ def main() -> None:
             app()
     except UserError as error:
         _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{str(error.filename)!r} cannot be used ({error.strerror}): give another path")
     except (MemoryError, RuntimeError) as error:
         lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not lacking and "not enough memory" not in str(error):
@@ -401,48 +409,61 @@ def _data_folder(task: str, data: Path | None) -> Path:
     return from_first_rank(lambda: public_data(task)) if data is None else data
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_without_effect(context: typer.Context, config: TrainConfig) -> None:
+    for name, has_effect, condition in (
+        ("rank", config.method in ("lozo", "lora"), "--method lozo or lora"),
+        ("interval", config.method == "lozo", "--method lozo"),
+        ("top", config.channels == "outlier", "--channels outlier"),
+    ):
+        if _is_given(context, name) and not has_effect:
+            raise UserError(f"{name} is given without {condition}: add that or leave it out")
+
+
 def _refuse_beside_resume(context: typer.Context) -> None:
     for name in context.params:
-        source = context.get_parameter_source(name)
-        given = source is not None and source.name == "COMMANDLINE"
-        if given and name not in ("resume_from", "plot"):
+        if _is_given(context, name) and name not in ("resume_from", "device", "plot"):
             raise UserError(
                 f"--resume takes all settings from its folder: leave out {name.replace('_', '-')}"
             )
 
 
-def _resume(out: Path) -> Metrics:
+def _resume(out: Path, device: str | None) -> Metrics:
     if (out / METRICS_FILE).exists():
         say(f"the run in {out} is finished")
     settings = from_first_rank(lambda: read_settings(out))
+    config, dtype = parse_config(settings["config"], out), parse_dtype(settings["dtype"])
     # Earlier releases had the CPU only, and did not say so.
-    dtype, device = parse_dtype(settings["dtype"]), str(settings.get("device", "cpu"))
+    device = device or str(settings.get("device", "cpu"))
     loaded, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
-    with (
-        _resumable(out, begun=True),
-        _progress(settings["config"].get("steps")) as on_progress,
-    ):
+    with _resumable(out, begun=True), _progress(config.steps) as on_progress:
         return resume(loaded, tokenizer, out, on_progress=on_progress)
 
 
 @contextmanager
 def _resumable(out: Path, *, begun: bool = False) -> Iterator[None]:
     """Says, where a run is interrupted, how it goes on; an earlier run in `out` is another."""
-    earlier = None if begun else _inode(out / JOURNAL_FILE)
+    earlier = None if begun else _identity(out / JOURNAL_FILE)
     try:
         yield
     except KeyboardInterrupt:
-        if _inode(out / JOURNAL_FILE) in (None, earlier):
+        if _identity(out / JOURNAL_FILE) in (None, earlier):
             raise
-        say(
-            f"interrupted: the best weights so far are in {out}; go on with "
-            f"`dlzo train --resume {out}`"
-        )
+        kept = f"the best weights so far are in {out}; " * (out / WEIGHTS_FILE).exists()
+        say(f"interrupted: {kept}go on with `dlzo train --resume {out}`")
         raise typer.Exit(130) from None
 
 
-def _inode(path: Path) -> int | None:
-    return path.stat().st_ino if path.exists() else None
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of a file, that no later one has: an inode may come back."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_ctime_ns
 
 
 def _parse_layer(text: str) -> tuple[int, ...] | None:
@@ -500,7 +521,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def _progress(steps: int | None) -> Iterator[Callable[[HistoryEntry], None]]:
+def _progress(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
     """A bar that shows the last training loss and the last validation."""
     columns = (
         TextColumn("training"),

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import numpy as np
+
 from dlzo.errors import UserError
 
 DECAYS = ("none", "linear", "cosine")
 METHODS = ("dominant", "mezo", "lozo", "lora")
 PARTS = ("all", "attention", "mlp")
 CHANNELS = ("all", "outlier")
+MAX_DIRECTIONS = 65535  # what a journal holds
 MAX_RANK = 1024  # a larger one is not low, and takes memory
 _LORA_RANK, _LOZO_RANK = 8, 2  # as in MeZO and in LOZO
 _LEAST = {
@@ -105,6 +108,8 @@ class TrainConfig:
         return lr
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, _plain(value))
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
         rank = self.rank
@@ -134,12 +139,13 @@ class TrainConfig:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
+        if self.directions > MAX_DIRECTIONS:
+            raise UserError(f"directions is {self.directions}: give at most {MAX_DIRECTIONS}")
         if rank > MAX_RANK:
             raise UserError(f"rank is {rank}: give at most {MAX_RANK}")
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise UserError(f"eps is {self.eps}: give a number above 0, such as 1e-3")
+        check_eps(self.eps)
         lr = 0.0 if self.lr == "auto" else self.lr
         if not (math.isfinite(lr) and lr >= 0):
             raise UserError(f"lr is {lr}: give a number of 0 or above, such as 3e-4, or 'auto'")
@@ -153,6 +159,19 @@ class TrainConfig:
             raise UserError("lr_per_spread has no weight decay: leave one of the two out")
         if not self.sync_seconds >= 0:
             raise UserError(f"sync_seconds is {self.sync_seconds}: give a number of 0 or above")
+
+
+def check_eps(eps: float) -> None:
+    """Raises UserError unless a perturbation can have this size: that of `zo_step`."""
+    if not 1e-37 < eps < 1e37:
+        raise UserError(f"eps is {eps}: give a number between 1e-37 and 1e37, such as 1e-3")
+
+
+def _plain(value: Any) -> Any:
+    """The value without numbers of numpy, which JSON does not take."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:

@@ -189,7 +189,8 @@ class ProbeReport:
 
     def table(self) -> Table:
         """Statistics by layer, the dominant layer's row highlighted."""
-        table = Table(title=f"{self.model}: {self.decision.verdict}", caption=self.decision.reason)
+        title = escape(f"{self.model}: {self.decision.verdict}")
+        table = Table(title=title, caption=self.decision.reason)
         inner = [site for site in _HEADINGS if any(stats.site == site for stats in self.sites)]
         for heading in ("layer", "max|h|", "jump", "kurtosis", *(_HEADINGS[s] for s in inner)):
             table.add_column(heading, justify="right")

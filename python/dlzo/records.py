@@ -221,12 +221,14 @@ def decode(prefix: bytes, body: bytes, header: Header) -> Sequence[Record]:
                 zip(*columns, strict=True), start=step
             )
         ]
+    decay = header.settings.get("weight_decay")
+    decay = decay if isinstance(decay, int | float) else 0.0  # any other is refused with the rule
     for item in steps:
+        scales = update_scales(item.lr, item.gradients)
         # A comparison with NaN is false.
-        if item.applied and not all(
-            abs(scale) < 3.4e38 for scale in update_scales(item.lr, item.gradients)
-        ):
-            raise Damaged("a step was applied with numbers that are not finite")
+        finite = 0 <= item.lr < math.inf and all(abs(scale) < 3.4e38 for scale in scales)
+        if item.applied and not (finite and item.lr * decay < 1):
+            raise Damaged("a step was applied with numbers that are out of range")
     return steps
 
 

@@ -40,7 +40,8 @@ def replay(
 
     Raises:
         UserError: the journal is of another model, layer, dtype or noise version, or has not so
-            many steps, or `out` holds an adapter; model and files are as they were.
+            many steps, or `out` holds an adapter or cannot be made: model and files are as they
+            were; or the disk is full at the end.
     """
     path, folder = Path(journal), Path(out)
     reader = Reader(path)
@@ -55,8 +56,9 @@ def replay(
         )
     header, rule = reader.header, rule_in(reader.header)
     target = fitting_target(reader, model)
-    rule.replay(target.modules, islice(Reader(path).steps(), until))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rule.replay(target.modules, islice(Reader(path).steps(), until))
         save_adapter(
             folder,
             target,

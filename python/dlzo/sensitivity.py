@@ -19,11 +19,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.adapter import dtype_name
+from dlzo.config import check_eps
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, sole_use
 from dlzo.sampler import batch_of, step_seed
@@ -77,7 +79,7 @@ class SensitivityReport:
     def table(self) -> Table:
         """The report as a table, the row with the strongest signal highlighted."""
         table = Table(
-            title=f"{self.model}: {self.task}, {self.dtype}, eps {self.eps:g}",
+            title=escape(f"{self.model}: {self.task}, {self.dtype}, eps {self.eps:g}"),
             caption=f"{self.seeds} seeds, {self.batches} batches of {self.batch_size}; change: of "
             "the hidden state under +eps z, relative",
         )
@@ -138,8 +140,7 @@ def sensitivity(
     for name, value, least in (("seeds", seeds, 2), ("batches", batches, 2), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} is {value}: give at least {least}")
-    if not (math.isfinite(eps) and eps > 0):
-        raise UserError(f"eps is {eps}: give a number above 0, such as 1e-3")
+    check_eps(eps)
     definition = get_task(task)
     examples = definition.drawn(load_split(definition, data_dir, "train"))
     if not 0 < batch_size <= len(examples):

@@ -119,7 +119,7 @@ def train(
                 settings = {
                     "model": absolute_name(model.name_or_path),
                     "dtype": dtype_name(model),
-                    "device": model.device.type,
+                    "device": _device_name(model),
                     "data": str(Path(data_dir).resolve()),
                     "config": asdict(config),
                 }
@@ -412,6 +412,11 @@ def _finished(out: Path) -> Metrics | None:
     if metrics is not None:
         finish(out, metrics_text(cast(Metrics, metrics)))
     return cast(Metrics | None, metrics)
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    """Where a run's model lies; of ranks, each has a GPU of its own."""
+    return str(model.device) if distributed.size() == 1 else model.device.type
 
 
 def _header(

@@ -77,6 +77,7 @@ def _example(task: Task, line: str, where: str) -> Example:
 def _parse_row(line: str, where: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     # Deep nesting ends in a RecursionError.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from error

@@ -99,6 +99,10 @@ def _text(values: Mapping[str, Any], key: str) -> str:
         raise ValueError(f"key {key!r} is missing: give a text")
     if not isinstance(values[key], str) or not values[key]:
         raise ValueError(f"key {key!r} holds no text: give one, in quotes if need be")
+    try:
+        values[key].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"key {key!r} holds half of a surrogate pair: write all of it") from error
     return values[key]
 
 
