@@ -32,6 +32,12 @@ struct Magnitude<2> {
   static constexpr Int kMask = 0x7fff;
 };
 
+// The bits of |x| that stand for every NaN: the next above infinity's.
+template <DType dtype>
+constexpr int32_t kNan = dtype == DType::kFloat32    ? 0x7f800001
+                         : dtype == DType::kBFloat16 ? 0x7f81
+                                                     : 0x7c01;
+
 // A pair of vectors in whatever order is cheapest, and which element each lane then holds.
 template <DType dtype>
 DLZO_INLINE Pair load_any_order(const char* x) {
@@ -63,7 +69,7 @@ struct Maximum {
 struct LaneSums {
   double s[4][kWidth];
   int32_t largest[kWidth];  // bits of the largest |x|
-  int32_t block[kWidth];    // and the first row of the block that first holds it
+  int32_t block[kWidth];    // and a row at or before the first that holds it, in its block
 };
 
 // Power sums and maxima of rows of kWidth values, each lane about its own pivot.
@@ -101,8 +107,10 @@ class Sweep {
             sums->s[k][first + element_of<dtype>(i, lane)] = total_[p][k][i][lane];
       for (int i = 0; i < kVectors; i++)
         for (int lane = 0; lane < kBitsLanes; lane++) {
-          sums->largest[first + i * kBitsLanes + lane] = largest_[p][i][lane];
-          sums->block[first + i * kBitsLanes + lane] = block_[p][i][lane];
+          const int32_t largest = largest_[p][i][lane];
+          const bool is_nan = largest >= kNan<dtype>;
+          sums->largest[first + i * kBitsLanes + lane] = is_nan ? kNan<dtype> : largest;
+          sums->block[first + i * kBitsLanes + lane] = is_nan ? 0 : block_[p][i][lane];
         }
     }
   }
@@ -147,7 +155,7 @@ class Sweep {
   Bits largest_[kPairs][kVectors], block_[kPairs][kVectors] = {};
 };
 
-// The first row whose value in this lane has these magnitude bits; it is in the block named.
+// The first row whose value in this lane has these magnitude bits, or is a NaN as they are.
 template <DType dtype>
 DLZO_INLINE int32_t find_row(const char* x, int64_t step, const LaneSums& sums, int lane) {
   using M = Magnitude<size_of(dtype)>;
@@ -155,7 +163,8 @@ DLZO_INLINE int32_t find_row(const char* x, int64_t step, const LaneSums& sums, 
   for (;; row++) {
     typename M::Int raw;
     memcpy(&raw, x + row * step + lane * size_of(dtype), sizeof raw);
-    if ((raw & M::kMask) == sums.largest[lane]) return row;
+    const int32_t magnitude = raw & M::kMask;
+    if (magnitude == sums.largest[lane] || magnitude > kNan<dtype>) return row;
   }
 }
 
@@ -269,7 +278,12 @@ static Moments run_moments(const char* x, int64_t count, int32_t* known) {
   return result;
 }
 
-// A column of a tile as a run: the way of the rare one whose powers need a scale.
+// Whether a lane's powers overflow or vanish, by its largest |x| and its pivot.
+DLZO_INLINE bool needs_scale(float absmax, float pivot) {
+  return scale_for(absmax) != 1 || __builtin_fabsf(pivot) > kLargest;
+}
+
+// A column of a tile as a run, about a pivot of its own: the way of the rare one that needs it.
 template <DType dtype>
 static Moments column_moments(const char* x, int64_t rows, int64_t step) {
   alignas(64) char column[kSegmentRows * 4];
@@ -295,7 +309,7 @@ DLZO_INLINE bool move_pivots(const LaneSums& sums, const float* absmax, int64_t 
   bool any = false;
   for (int lane = 0; lane < kWidth; lane++) {
     const double s[4] = {sums.s[0][lane], sums.s[1][lane]};
-    if (!is_poor((double)rows, s) || scale_for(absmax[lane]) != 1) continue;
+    if (!is_poor((double)rows, s) || needs_scale(absmax[lane], pivots[lane])) continue;
     pivots[lane] = (float)(pivots[lane] + s[0] / (double)rows);
     any = true;
   }
@@ -307,7 +321,8 @@ template <DType dtype>
 DLZO_INLINE Moments lane_moments(const char* x, int64_t rows, int64_t step, int lane,
                                  const LaneSums& sums, float pivot, float absmax,
                                  const Moments& before) {
-  if (scale_for(absmax) != 1) return column_moments<dtype>(x + lane * size_of(dtype), rows, step);
+  if (needs_scale(absmax, pivot))
+    return column_moments<dtype>(x + lane * size_of(dtype), rows, step);
   const double s[4] = {sums.s[0][lane], sums.s[1][lane], sums.s[2][lane], sums.s[3][lane]};
   Moments moments = central(rows, s, pivot);
   moments.absmax = absmax;

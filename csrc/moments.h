@@ -7,7 +7,8 @@
 
 namespace dlzo {
 
-constexpr float kLargest = 0x1p30f, kSmallest = 0x1p-20f;  // beyond these fourth powers overflow
+// Beyond these, sums of fourth powers overflow, or those of a unit in the last place vanish.
+constexpr float kLargest = 0x1p29f, kSmallest = 0x1p-12f;
 
 struct Moments {
   int64_t count, argmax;  // argmax: the first position of the largest |x|

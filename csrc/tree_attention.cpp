@@ -104,7 +104,8 @@ DLZO_INLINE F32 exponential(F32 x) {
   for (const float c : coefficients) p = multiply_add(p, r, splat(c));
   p = multiply_add(p, r * r, r) + 1.0f;
   const U32 scaled = bits<U32>(p) + (bits<U32>(shifted) << 23);
-  return bits<F32>(select(x < -87.0f, U32{}, scaled));
+  const U32 result = select(x < -87.0f, U32{}, scaled);
+  return bits<F32>(select(x != x, bits<U32>(x), result));
 }
 
 // Turns scores into cap * tanh(score / cap).

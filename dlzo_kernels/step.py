@@ -34,6 +34,7 @@ Loss = float | Tensor
 
 # Elements compared at a time, the step's only scratch memory; a GPU waits after each.
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+_LARGEST_NORMAL = 6.77  # of noise v1: sqrt(-2 ln 2^-33) is 6.764
 
 
 class StepResult:
@@ -185,6 +186,7 @@ class ZOStep:
             check_range("seed", seed, 1 << 64)
         if not (math.isfinite(eps) and 1e-37 < eps < 1e37):
             raise ValueError(f"eps must be between 1e-37 and 1e37, not {eps}")
+        check_range("directions", directions, 1 << 32)
         if directions < 1:
             raise ValueError(f"directions must be at least 1, not {directions}")
         _check_rates(lr, weight_decay)
@@ -194,6 +196,8 @@ class ZOStep:
         self._operands = [t.operand for t in self._tuned]
         for operand in self._operands:
             check_device_numbers("seed", seed, torch.int64, 1, operand.out.device)
+        # Moves of a weight beyond its dtype are not made.
+        self._most = min(torch.finfo(o.out.dtype).max for o in self._operands) / _LARGEST_NORMAL
         self._taken = False
 
     @contextmanager
@@ -221,12 +225,14 @@ class ZOStep:
         Args:
             loss_plus: at master + eps z.
             loss_minus: at master - eps z.
-            max_loss: a loss above it leaves the weights as they were, as one that is not finite.
+            max_loss: a loss above it leaves the weights as they were, as one that is not finite or
+                that would move a weight beyond the range of its dtype.
             lr: in place of the step's own, where it depends on the losses.
 
         Raises:
             ValueError: not one loss per direction, or lr is out of range.
-            RuntimeError: the step was taken already, or the layer is perturbed or was written.
+            RuntimeError: the step was taken already, or the layer is perturbed or was written (by
+                way of `.data` nobody sees it).
         """
         if self._taken:
             raise RuntimeError("this step was taken already; make another with zo_step")
@@ -276,12 +282,13 @@ class ZOStep:
                 self._restore()
 
     def _refuse_if_touched(self) -> None:
-        for name, live, entry in ((t.name, t.live, t.entry) for t in self._tuned):
-            if entry.perturbed:
-                raise _is_perturbed(name)
-            if entry.was_written(live):
+        for t, operand in zip(self._tuned, self._operands, strict=True):
+            if t.entry.perturbed:
+                raise _is_perturbed(t.name)
+            # By `w.data = ...` a tensor gets other memory.
+            if t.entry.was_written(t.live) or t.live.data_ptr() != operand.out.data_ptr():
                 raise RuntimeError(
-                    f"{name} was written since the step was opened; make another with zo_step"
+                    f"{t.name} was written since the step was opened; make another with zo_step"
                 )
 
     def _write(self, scale: float, direction: int) -> None:
@@ -310,7 +317,7 @@ class ZOStep:
         grads = [(p - m) / (2 * self._eps) for p, m in zip(plus, minus, strict=True)]
         scales = update_scales(self._lr, grads)
         applied = all(math.isfinite(loss) and loss <= max_loss for loss in (*plus, *minus)) and all(
-            abs(scale) < 3.4e38 for scale in scales
+            abs(scale) < self._most for scale in scales
         )
         # A product of zero and z could still turn -0.0 into 0.0.
         if applied and any(scales):
@@ -329,11 +336,14 @@ class ZOStep:
         twice_eps = torch.full((), 2 * self._eps, dtype=torch.float64, device=device)
         grads = (losses[0] - losses[1]) / twice_eps
         scales = grads * (-self._lr / self._directions)
-        applied = (losses.isfinite() & (losses <= max_loss)).all() & (scales.abs() < 3.4e38).all()
+        moves = (scales.abs() < self._most).all()
+        applied = (losses.isfinite() & (losses <= max_loss)).all() & moves
         gate = (applied & (scales != 0).any()).int()
-        keep: float | Tensor = 1 - self._lr * self._weight_decay
-        if keep != 1:
-            keep = torch.where(gate != 0, keep, 1.0).float()
+        keep: float | Tensor = 1.0
+        if self._lr * self._weight_decay > 0:
+            # Of numbers alone it would have torch's default dtype.
+            decayed = torch.full_like(scales[0], 1 - self._lr * self._weight_decay)
+            keep = torch.where(gate != 0, decayed, 1.0).float()
         queries = range(self._directions)
         _accumulate(self._tuned, self._seeds(), scales.float(), queries, gate=gate, keep=keep)
         return StepResult(torch.cat([losses.flatten(), grads, applied.double().view(1)]))
@@ -506,20 +516,20 @@ def _adopt(name: str, live: Tensor) -> _Entry:
 
 def _collect(layer: Layer) -> list[tuple[str, Tensor, _Numbering]]:
     """(name, tensor, numbering) of what is tuned; the stream counts frozen parameters too."""
-    found: list[tuple[str, Tensor, _Numbering]] = []
-    seen: set[int] = set()
-    stream = 0
+    named: dict[int, tuple[str, Tensor]] = {}
+    tuned: set[int] = set()
     for name, tensor, chosen in _named_tensors(layer):
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+        named.setdefault(id(tensor), (name, tensor))
+        if chosen:
+            tuned.add(id(tensor))
+    found: list[tuple[str, Tensor, _Numbering]] = []
+    for stream, (key, (name, tensor)) in enumerate(named.items()):
         local, offset, row_stride = _shard(name, tensor)
         _check_parameter(name, local)
-        if chosen:
+        if key in tuned:
             found.append(
                 (name, local, _Numbering(stream=stream, offset=offset, row_stride=row_stride))
             )
-        stream += 1
     if not found:
         raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
     _refuse_overlap((name, tensor) for name, tensor, _ in found if tensor.numel())
@@ -627,7 +637,7 @@ def _number(loss: Loss) -> Loss:
 
 
 class _Held:
-    """Delays Ctrl-C and SIGTERM to the end of the block, but for user code in it (`lifted`).
+    """Delays signals to the end of the block, Ctrl-C too, but for user code in it (`lifted`).
 
     So a layer is never left half written. Only handlers in Python are stood in for: they run
     between any two instructions of the main thread, whatever its signal mask says.
@@ -640,7 +650,7 @@ class _Held:
 
     def __enter__(self) -> _Held:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler
@@ -682,4 +692,5 @@ class _Held:
         self._is_lifted = lifted
 
 
+_SIGNALS = signal.valid_signals()
 _WITH = {contextmanager.__code__.co_filename, _Held.__init__.__code__.co_filename}

@@ -138,7 +138,7 @@ def absmax_of(key: I64) -> F32:
 
 def scale_for(absmax: F32) -> F32:
     """The power of two that brings |x| up to absmax near 1; 1 where the powers fit as they are."""
-    fits = ((absmax >= 2.0**-20) & (absmax <= 2.0**30)) | (absmax == 0) | ~np.isfinite(absmax)
+    fits = ((absmax >= 2.0**-12) & (absmax <= 2.0**29)) | (absmax == 0) | ~np.isfinite(absmax)
     _, exponent = np.frexp(np.where(fits, np.float32(0.5), absmax))
     return np.ldexp(np.float32(1), np.minimum(-exponent, 127)).astype(np.float32)
 

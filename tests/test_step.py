@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_is_not_applied(dtype, bad, phase):
     assert_untouched(layer, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1])
 def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, number):
     from dlzo_kernels.ops import perturb as module
 
@@ -417,6 +417,34 @@ def test_columns_of_one_matrix_move_as_tensors_of_their_own():
     assert (matrix != kept).any(0).nonzero().flatten().tolist() == [2, 5, 6]
 
 
+def test_blocks_of_columns_of_one_matrix_are_tensors_of_their_own():
+    matrix = torch.randn(9, 12)
+    blocks = [matrix[:, :4], matrix[:, 4:9], matrix[2:, 9:10], matrix[2:, 10:]]
+    apart = [block.clone() for block in blocks]
+    for layer in (blocks, apart):
+        zo_step(layer, 1, 1e-2, 0.1, closure=lambda layer=layer: sum(t.sum() for t in layer))
+    assert all(torch.equal(a, b) for a, b in zip(blocks, apart, strict=True))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_frozen_parameter_that_is_given_itself_is_tuned(first):
+    linear = nn.Linear(3, 4)
+    linear.weight.requires_grad_(False)
+    kept = linear.weight.detach().clone()
+    zo_step([linear.weight, linear] if first else [linear, linear.weight], 1, 1e-2, 0.1).update(
+        2, 1
+    )
+    assert not torch.equal(linear.weight, kept)
+
+
+@pytest.mark.parametrize(("share", "applied"), [(0.9, True), (1.1, False)])
+def test_a_move_beyond_the_range_of_the_dtype_is_not_made(dtype, share, applied):
+    w = torch.zeros(64, dtype=dtype)
+    scale = share * torch.finfo(dtype).max / 6.77  # |z| is 6.764 at most
+    assert zo_step(w, 1, 1e-3, 1.0).update(2e-3 * scale, 0.0).applied == applied
+    assert w.isfinite().all() and w.any() == applied
+
+
 def test_what_cannot_be_tuned_is_refused_by_name():
     mixed = layer_of()
     mixed.register_parameter(
@@ -434,6 +462,8 @@ def test_what_cannot_be_tuned_is_refused_by_name():
     matrix = torch.zeros(5, 7)
     for parts in (
         [matrix[:, :2], matrix[:, 1:2]],
+        [matrix[:, :3], matrix[1:, 2:5]],
+        [matrix[:, 5:], matrix.view(-1)[5:33]],
         [matrix[:, 3:4], matrix[:4, 3:4]],
         [w[0:5:2], w[1:8:3]],
     ):
@@ -470,8 +500,10 @@ def test_bad_numbers_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         zo_step(w, *numbers, closure=lambda: 0.0)
     assert torch.equal(w, torch.ones(3))
-    with pytest.raises(ValueError, match="directions"):
+    with pytest.raises(ValueError, match="directions must be at least 1"):
         zo_step(w, 1, 1e-3, 1e-3, directions=0)
+    with pytest.raises(TypeError, match=r"directions must be an integer, not 1\.5"):
+        zo_step(w, 1, 1e-3, 1e-3, directions=1.5)
 
 
 def test_steps_do_not_nest_and_are_taken_once():
@@ -501,6 +533,10 @@ def test_what_happens_to_the_weights_while_a_step_is_open_is_seen():
         with pytest.raises(RuntimeError, match="the tensor was written since the step was opened"):
             use()
     assert torch.equal(w, torch.full((3, 4), 7.0))
+    step = zo_step(w, 1, 1e-3, 1e-3)
+    w.data = torch.full((3, 4), 7.0)
+    with pytest.raises(RuntimeError, match="the tensor was written since the step was opened"):
+        step.update(1.0, 0.5)
     with zo_step(w, 1, 1e-3, 1e-3).plus():
         for view in (w.view(-1), w[1:, :2]):
             with pytest.raises(RuntimeError, match="perturbed by an open step"):
@@ -636,6 +672,19 @@ def test_an_update_from_losses_on_the_device_has_the_bits_of_one_from_numbers(
     if bad is None or bad == 99.0:
         assert got == expected
     assert_untouched(there, copies(here))
+
+
+def test_weight_decay_on_the_device_does_not_depend_on_the_default_dtype():
+    w = torch.ones(3, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        step = zo_step(w, 1, 1e-3, 1e-2, weight_decay=1e-2)
+        step._finish_on(torch.device("cpu"), torch.tensor([1.0, 1.0 + 2**-7]), math.inf)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = torch.ones(3, 3)
+    zo_step(expected, 1, 1e-3, 1e-2, weight_decay=1e-2).update(1.0, 1.0 + 2**-7)
+    assert_same_bits(w, expected)
 
 
 @pytest.mark.parametrize("lr", [None, 3e-2])

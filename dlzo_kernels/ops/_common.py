@@ -57,6 +57,8 @@ def check_noise(
     row_stride: int | None,
 ) -> None:
     """Raises ValueError unless the numbers name elements of a logical tensor of noise v1."""
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape is {tuple(shape)}; give sizes of 0 or more")
     if not isinstance(seed, Tensor):
         check_range("seed", seed, _U64)
     check_range("stream", stream, _U32)
@@ -140,21 +142,26 @@ def check_same_device(name: str, tensor: Tensor, other: str, device: torch.devic
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the ranges of two non-empty tensors meet, unless as two columns of one matrix do."""
+    """Whether the ranges of two non-empty tensors meet, unless as columns of one matrix do."""
     a_begin, b_begin = a.data_ptr(), b.data_ptr()
     if a_begin >= b_begin + extent(b) or b_begin >= a_begin + extent(a):
         return False
-    step = _column_step(a)
-    if not step or step != _column_step(b):
+    (step, a_width), (b_step, b_width) = _columns(a), _columns(b)
+    if step == 0 or step != b_step:
         return True
     apart = (a_begin - b_begin) % step
-    return apart < b.element_size() or apart > step - a.element_size()
+    return apart < b_width or apart + a_width > step
 
 
-def _column_step(tensor: Tensor) -> int | None:
-    """Bytes from one element to the next where all dimensions but one have size 1."""
-    steps = [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
-    return steps[0] * tensor.element_size() if len(steps) == 1 else None
+def _columns(tensor: Tensor) -> tuple[int, int]:
+    """Bytes from row to row of a matrix, and of a row, where columns of one are all; else zeros."""
+    size = tensor.element_size()
+    dims = sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    if len(dims) == 1:
+        return dims[0][0] * size, size
+    if len(dims) == 2 and dims[0][0] == 1:
+        return dims[1][0] * size, dims[0][1] * size
+    return 0, 0
 
 
 def extent(tensor: Tensor) -> int:

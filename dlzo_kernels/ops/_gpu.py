@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,12 +21,7 @@ OLDEST_TRITON = (3, 6)  # earlier ones do not compile the kernels
 def why_not(column: str) -> str:
     """Why a column cannot run here, in words; empty where it can."""
     if column == "triton":
-        if find_spec("triton") is None:
-            return "triton is not installed: pip install 'dlzo-kernels[triton]'"
-        if (found := _triton_version()) < OLDEST_TRITON:
-            oldest = ".".join(map(str, OLDEST_TRITON))
-            return f"triton {found[0]}.{found[1]} is too old: pip install 'triton>={oldest}'"
-        return "" if torch.cuda.is_available() else "torch sees no GPU"
+        return why_no_triton() or ("" if torch.cuda.is_available() else "torch sees no GPU")
     if not hasattr(_C, "cuda"):
         return "this build has no CUDA kernels: install it where nvcc is on the PATH"
     if torch.version.hip is not None:
@@ -37,6 +33,21 @@ def why_not(column: str) -> str:
             "runs: install it with its architecture in DLZO_CUDA_ARCHS"
         )
     return reason
+
+
+@cache
+def why_no_triton() -> str:
+    """Why Triton's kernels cannot be compiled, in words; empty where they can."""
+    from dlzo_kernels.ops import _triton  # which imports this module
+
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'dlzo-kernels[triton]'"
+    if not _triton.available():
+        return "triton cannot be imported: install it anew"
+    if (found := _triton_version()) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {found[0]}.{found[1]} is too old: pip install 'triton>={oldest}'"
+    return ""
 
 
 def has_code_for(major: int, minor: int, architectures: str) -> bool:

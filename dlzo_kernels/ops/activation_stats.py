@@ -235,7 +235,7 @@ def _scale_for(key: tl.tensor) -> tl.tensor:
     absmax = key.to(tl.float32, bitcast=True).to(tl.float64)
     exponent = (absmax.to(tl.int64, bitcast=True) >> 52) - 1022
     power = ((1023 + tl.minimum(-exponent, 127)) << 52).to(tl.float64, bitcast=True)
-    fits = (absmax >= 2.0**-20) & (absmax <= 2.0**30)
+    fits = (absmax >= 2.0**-12) & (absmax <= 2.0**29)
     fits = fits | (key <= 0) | (key >= _INFINITE_KEY)
     return tl.where(fits, 1.0, power).to(tl.float32)
 

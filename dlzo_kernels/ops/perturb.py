@@ -206,7 +206,9 @@ def _perturb_into(
     check_tensor("base", base)
     check_same_device("base", base, "out", out.device)
     if out.shape != base.shape:
-        raise ValueError(f"out has shape {tuple(out.shape)} and base {tuple(base.shape)}")
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and base {tuple(base.shape)}; give tensors alike"
+        )
     if base.dtype not in (torch.float32, out.dtype):
         raise TypeError(f"base has dtype {base.dtype}; use torch.float32 or out's {out.dtype}")
     same = out.data_ptr() == base.data_ptr() and out.stride() == base.stride()

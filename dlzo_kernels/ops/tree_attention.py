@@ -13,6 +13,7 @@ from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
     DTYPE_CODES,
     LIBRARY,
+    check_range,
     check_same_device,
     check_scale,
     check_tensor,
@@ -20,7 +21,7 @@ from dlzo_kernels.ops._common import (
     pack,
     threads,
 )
-from dlzo_kernels.ops._triton import Plan, aligned, available, dtype_of, jit, launch, log2, tl
+from dlzo_kernels.ops._triton import Plan, aligned, dtype_of, jit, launch, log2, tl
 
 LIBRARY.define(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor parents, float scale, "
@@ -86,6 +87,9 @@ def tree_attention(
         )
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
     window = _NO_WINDOW if window is None else window
+    check_range("window", window, 1 << 63)
+    if softcap is not None and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap must be between 1e-30 and 1e30, not {softcap}")
     softcap = 0.0 if softcap is None else softcap
     arguments = (query, key, value, parents, scale, window, softcap)
     if is_eager(query, key, value, parents):
@@ -96,7 +100,7 @@ def tree_attention(
 def has_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether tree_attention takes tensors of such devices, dtypes and sizes."""
     longest = max(query.shape[-1], value.shape[-1])
-    on_gpu = value.is_cuda and available() and longest <= _LONGEST_ON_GPU
+    on_gpu = value.is_cuda and not _gpu.why_no_triton() and longest <= _LONGEST_ON_GPU
     return (value.is_cpu or on_gpu) and value.dtype in DTYPE_CODES
 
 
@@ -127,8 +131,7 @@ def _tree_attention(
 
 
 def _launch(tensors: _Tensors, parents: Tensor, scale: float, window: int, softcap: float) -> None:
-    if not available():
-        reason = _gpu.why_not("triton")
+    if reason := _gpu.why_no_triton():
         raise NotImplementedError(f"tree_attention is a Triton kernel on GPUs, and {reason}")
     query, value = tensors[0], tensors[2]
     if max(query.shape[-1], value.shape[-1]) > _LONGEST_ON_GPU:
@@ -178,8 +181,6 @@ def _check_numbers(scale: float, window: int, softcap: float) -> None:
     check_scale(scale)
     if window < 1:
         raise ValueError(f"window must be at least 1 token, not {window}")
-    if not 0 <= softcap <= 1e30:
-        raise ValueError(f"softcap must be positive and at most 1e30, not {softcap}")
 
 
 def _with_vectors(x: Tensor) -> Tensor:

@@ -114,6 +114,47 @@ def test_extreme_magnitudes(isa, per, scale, dtype):
     assert_right(x, per, activation_stats(x, per=per))
 
 
+@pytest.mark.parametrize("big", [1e9, 1e15, 1e17, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_whose_first_segments_are_huge(isa, big, dtype):
+    x = values(1024, 40)
+    x[:512] = big * (1 + 0.1 * x[:512])
+    assert_right(x.to(dtype), "channel", activation_stats(x.to(dtype), per="channel"))
+
+
+@pytest.mark.parametrize("per", DIMS)
+@pytest.mark.parametrize("largest", [2.0**29, 2.0**30, 2.0**31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_as_far_apart_as_they_can_be(isa, per, largest, dtype):
+    seldom = torch.rand(128, 128, generator=torch.Generator().manual_seed(0)) < 0.1
+    seldom[:16, :16] ^= True  # the first pivots are of the other sign
+    x = torch.where(seldom, largest, -largest).to(dtype)
+    assert_right(x, per, activation_stats(x, per=per))
+
+
+@pytest.mark.parametrize("per", DIMS)
+@pytest.mark.parametrize("centre", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_units_in_the_last_place_of_small_values(isa, per, centre):
+    steps = torch.randint(-3, 4, (90, 70), generator=torch.Generator().manual_seed(0))
+    x = (torch.tensor(centre).view(torch.int32) + steps.int()).view(torch.float32)
+    assert_right(x, per, activation_stats(x, per=per))
+
+
+@pytest.mark.parametrize("per", DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_all_nans_are_alike(isa, per, dtype):
+    integer = torch.int32 if dtype is torch.float32 else torch.int16
+    quiet = torch.tensor(float("nan"), dtype=dtype).view(integer)
+    x = values(700, 70).to(dtype)
+    for place, payload in ((3, 0), (40, 1), (600, 2)):
+        x[place, 5] = (quiet + payload).view(dtype)
+        x[5, place % 70] = (quiet + payload).view(dtype)
+    stats = activation_stats(x, per=per)
+    first = {"tensor": 3 * 70 + 5, "channel": 3, "token": 3}[per]
+    at = {"tensor": (), "channel": 5, "token": 5}[per]
+    assert stats.argmax[at] == first and stats.absmax[at].isnan()
+
+
 @pytest.mark.parametrize("per", DIMS)
 @pytest.mark.parametrize("kind", ["heavy", "far", "outlier", "drift"])
 def test_bits_depend_on_neither_isa_nor_threads(dtype, per, kind, set_threads):

@@ -130,6 +130,8 @@ def test_subnormals_are_kept_whatever_the_caller_set():
 def test_bad_numbers_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         gaussian((10,), **arguments)
+    with pytest.raises(ValueError, match=r"shape is \(-1, 4\); give sizes of 0 or more"):
+        gaussian((-1, 4), 1)
 
 
 def test_bad_types_are_refused():

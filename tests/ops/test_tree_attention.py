@@ -105,6 +105,14 @@ def test_what_is_not_finite_stays_in_its_tree(isa, dtype):
     assert_same_bits(got[:, :, 20:].clone(), expected[:, :, 20:].clone())
 
 
+@pytest.mark.parametrize("payload", [0, 1, 0x3FFFFF])
+def test_every_nan_shows(isa, payload):
+    q, k, v = inputs(20, (16, 8), (2, 1), torch.float32)
+    k[:, :, 5] = torch.tensor(0x7FC00000 + payload, dtype=torch.int32).view(torch.float32)
+    got = tree_attention(q, k, v, torch.tensor(chain(20)))
+    assert got[:, :, 5:].isnan().all() and got[:, :, :5].isfinite().all()
+
+
 def test_bits_do_not_depend_on_other_sequences(isa, dtype):
     q, k, v = inputs(90, (64, 64), (6, 2), dtype)
     both = torch.tensor([*chain(37), -1, *range(37, 89)])
@@ -176,7 +184,11 @@ def test_inputs_are_left_alone():
             "parents is on meta; keep it on the CPU",
         ),
         (lambda a: a | {"window": 0}, ValueError, "window must be at least 1 token, not 0"),
-        (lambda a: a | {"softcap": -1.0}, ValueError, "softcap must be positive and at most"),
+        (lambda a: a | {"window": 2.5}, TypeError, "window must be an integer, not 2.5"),
+        *(
+            (lambda a, cap=cap: a | {"softcap": cap}, ValueError, "softcap must be between")
+            for cap in (-1.0, 0.0, 1e-39, 1e31, float("nan"))
+        ),
         (lambda a: a | {"scale": float("nan")}, ValueError, "scale must be finite in float32"),
         (lambda a: a | {"scale": 1e300}, ValueError, "scale must be finite in float32, not 1e+300"),
         (
