@@ -15,6 +15,7 @@ the machine; the times of steps do.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -337,52 +338,55 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
         "seeds": len(values),
         "mean": f"{mean(values):.4f}",
         "stdev": f"{stdev(values):.4f}" if len(values) > 1 else "",
+        "loss": f"{mean(float(row['test_loss']) for row in rows):.4f}",
         "step_ms": round(mean(float(row["step_ms"]) for row in rows)) if rows[0]["lr"] else "",
     }
-
-
-def panel_by_task(tasks: Sequence[str]) -> tuple[Figure, Iterator[tuple[Any, str]]]:
-    """A figure, and one above the other its axes with their tasks."""
-    figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
-    axes = figure.subplots(len(tasks), squeeze=False)[:, 0]
-    return figure, zip(axes, tasks, strict=True)
 
 
 def draw_methods(table: Sequence[dict[str, Any]]) -> None:
     """Validation, the mean over seeds, against the time that the steps took."""
     tuned, curves = [row for row in table if row["lr"]], read_rows(CURVES)
     tasks = list(dict.fromkeys(row["task"] for row in tuned))
-    figure, panels = panel_by_task(tasks)
-    for axes, task in panels:
+    figure = Figure(figsize=(11, 3.4 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), 2, squeeze=False)
+    names = itertools.product(tasks, ("accuracy", "loss"))
+    for axes, (task, name) in zip(grid.flat, names, strict=True):
         for row in tuned:
             if row["task"] != task:
                 continue
-            points = mean_curve(curves, row)
+            points = mean_curve(curves, row, name)
             seconds = [step * row["step_ms"] / 1e3 for step in points]
-            axes.plot(seconds, list(points.values()), "o-", ms=4, label=row["method"])
-        axes.set(xlabel="seconds of steps, one thread", ylabel="validation accuracy")
-        axes.set_title(f"{task}, SmolLM2-135M-Instruct, equal steps for all methods", loc="left")
-        axes.legend(frameon=False, ncols=2)
+            colour = f"C{list(CANDIDATES).index(row['method'])}"
+            axes.plot(seconds, list(points.values()), "o-", ms=4, c=colour, label=row["method"])
+        axes.set(xlabel="seconds of steps, one thread", ylabel=f"validation {name}")
         tidy(axes)
-    figure.savefig(METHODS_FIGURE, dpi=120)
+        if name == "accuracy":
+            axes.set_title(f"{task}, equal steps for all methods", loc="left")
+        else:
+            axes.set_ylim(
+                top=1.15 * points[0]
+            )  # of the untuned model: a run that explodes leaves it
+            axes.legend(frameon=False, fontsize=8)
+    figure.savefig(METHODS_FIGURE, dpi=110)
 
 
-def mean_curve(curves: Iterable[dict[str, str]], row: dict[str, Any]) -> dict[int, float]:
-    """Validation accuracy by step of a row of the table, the mean over its seeds."""
-    accuracies: dict[int, list[float]] = {}
+def mean_curve(
+    curves: Iterable[dict[str, str]], row: dict[str, Any], name: str
+) -> dict[int, float]:
+    """Validation accuracy or loss by step of a row of the table, the mean over its seeds."""
+    found: dict[int, list[float]] = {}
     for point in curves:
-        if all(point[name] == row[name] for name in ("task", "method", "eps", "lr", "steps")):
-            accuracies.setdefault(int(point["step"]), []).append(
-                float(point["validation_accuracy"])
-            )
-    return {step: mean(values) for step, values in sorted(accuracies.items())}
+        if all(point[key] == row[key] for key in ("task", "method", "eps", "lr", "steps")):
+            found.setdefault(int(point["step"]), []).append(float(point[f"validation_{name}"]))
+    return {step: mean(values) for step, values in sorted(found.items())}
 
 
 def draw_sweep(table: Sequence[dict[str, Any]]) -> None:
     layers = {task: {row["layer"] for row in table if row["task"] == task} for task in ALL}
     tasks = [task for task in ALL if len(layers[task]) > 1]
-    figure, panels = panel_by_task(tasks)
-    for axes, task in panels:
+    figure = Figure(figsize=(9, 3.8 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), squeeze=False)
+    for axes, task in zip(panels.flat, tasks, strict=True):
         rows = [row for row in table if row["task"] == task]
         for lr in sorted({row["lr"] for row in rows}, key=float):
             points = [(row["layer"], float(row["accuracy"])) for row in rows if row["lr"] == lr]
