@@ -363,9 +363,8 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
         if name == "accuracy":
             axes.set_title(f"{task}, equal steps for all methods", loc="left")
         else:
-            axes.set_ylim(
-                top=1.15 * points[0]
-            )  # of the untuned model: a run that explodes leaves it
+            # Beside the untuned model's: a run that explodes leaves the picture.
+            axes.set_ylim(top=1.15 * points[0])
             axes.legend(frameon=False, fontsize=8)
     figure.savefig(METHODS_FIGURE, dpi=110)
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import weakref
+from _signal import getsignal  # that of `signal` makes an enumeration of each answer: 18 us a step
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -651,7 +652,7 @@ class _Held:
     def __enter__(self) -> _Held:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                handler = signal.getsignal(number)
+                handler = getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler
                     signal.signal(number, self._handle)

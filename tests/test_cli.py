@@ -265,6 +265,10 @@ def finished(model, data, tmp_path_factory) -> Path:
     return out
 
 
+def ctrl_c(*_):
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_run_says_how_it_goes_on(run, model, data, tmp_path, finished, monkeypatch):
     out = tmp_path / "out"
 
@@ -291,12 +295,9 @@ def test_each_interrupted_run_that_replaces_another_says_how_it_goes_on(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     for when, weights in (("_step", True), ("_step", True), ("_cache_prefixes", False)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"dlzo.trainer._Run.{when}", interrupt)
+            patch.setattr(f"dlzo.trainer._Run.{when}", ctrl_c)
             code, text, _ = run(*train_arguments(model, data, out, "--overwrite"))
         assert code == 130 and f"dlzo train --resume {out}" in text
         assert ("best weights so far" in text) == weights
@@ -349,10 +350,7 @@ def test_interrupted_before_it_began_a_run_does_not_name_the_one_before(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dlzo.trainer.Scorer.evaluate", interrupt)
+    monkeypatch.setattr("dlzo.trainer.Scorer.evaluate", ctrl_c)
     code, text, _ = run(*train_arguments(model, data, out, "--overwrite"))
     assert code != 0 and "--resume" not in text
     assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()

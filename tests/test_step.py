@@ -431,9 +431,8 @@ def test_a_frozen_parameter_that_is_given_itself_is_tuned(first):
     linear = nn.Linear(3, 4)
     linear.weight.requires_grad_(False)
     kept = linear.weight.detach().clone()
-    zo_step([linear.weight, linear] if first else [linear, linear.weight], 1, 1e-2, 0.1).update(
-        2, 1
-    )
+    layer = [linear.weight, linear] if first else [linear, linear.weight]
+    zo_step(layer, 1, 1e-2, 0.1).update(2.0, 1.0)
     assert not torch.equal(linear.weight, kept)
 
 

@@ -453,7 +453,8 @@ def _resumable(out: Path, *, begun: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         if _identity(out / JOURNAL_FILE) in (None, earlier):
             raise
-        kept = f"the best weights so far are in {out}; " * (out / WEIGHTS_FILE).exists()
+        has_weights = (out / WEIGHTS_FILE).exists()
+        kept = f"the best weights so far are in {out}; " if has_weights else ""
         say(f"interrupted: {kept}go on with `dlzo train --resume {out}`")
         raise typer.Exit(130) from None
 

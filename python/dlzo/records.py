@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dlzo.config import MAX_DIRECTIONS
 from dlzo.files import parse_json_object
 from dlzo.sampler import step_seed
 from dlzo_kernels import update_scales
@@ -128,8 +129,8 @@ def decode_header(text: bytes, version: int) -> Header:
         raise ValueError("seed must be at least 0 and below 2**63")
     if not all(type(layer) is int and layer >= 0 for layer in header.layers):
         raise ValueError("layers must be integers of at least 0")
-    if not 1 <= header.directions < 1 << 16:
-        raise ValueError("directions must be from 1 to 65535")
+    if not 1 <= header.directions <= MAX_DIRECTIONS:
+        raise ValueError(f"directions must be from 1 to {MAX_DIRECTIONS}")
     if not (math.isfinite(header.lr) and header.lr >= 0):
         raise ValueError("lr must be finite and at least 0")
     parameters = tuple(map(_decode_parameter, header.parameters))
@@ -221,15 +222,21 @@ def decode(prefix: bytes, body: bytes, header: Header) -> Sequence[Record]:
                 zip(*columns, strict=True), start=step
             )
         ]
+    if not all(_can_be_applied(item, header) for item in steps if item.applied):
+        raise Damaged("a step was applied with numbers that are out of range")
+    return steps
+
+
+def _can_be_applied(step: Step, header: Header) -> bool:
+    """Whether its numbers are finite and leave something of the weights."""
     decay = header.settings.get("weight_decay")
     decay = decay if isinstance(decay, int | float) else 0.0  # any other is refused with the rule
-    for item in steps:
-        scales = update_scales(item.lr, item.gradients)
-        # A comparison with NaN is false.
-        finite = 0 <= item.lr < math.inf and all(abs(scale) < 3.4e38 for scale in scales)
-        if item.applied and not (finite and item.lr * decay < 1):
-            raise Damaged("a step was applied with numbers that are out of range")
-    return steps
+    # A comparison with NaN is false.
+    return (
+        0 <= step.lr < math.inf
+        and step.lr * decay < 1
+        and all(abs(scale) < 3.4e38 for scale in update_scales(step.lr, step.gradients))
+    )
 
 
 def _decode_event(step: int, body: bytes) -> Event:

@@ -57,7 +57,7 @@ def replay(
     header, rule = reader.header, rule_in(reader.header)
     target = fitting_target(reader, model)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # fails, if at all, before a weight moves
         rule.replay(target.modules, islice(Reader(path).steps(), until))
         save_adapter(
             folder,
