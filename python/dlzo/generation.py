@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
+from dlzo.products import fast_products
 from dlzo.scoring import check_tokenizer, max_length, truncate
 
 BATCH_TOKENS = 4096
@@ -70,7 +71,7 @@ def generate(
         pad_token_id=0,
     )
     answers = [""] * len(prompts)
-    with _plain_generation(model):
+    with _plain_generation(model), fast_products(model):
         for group in _group([len(tokens) + max_new_tokens for tokens in encoded], batch_tokens):
             inputs = _pad([encoded[i] for i in group])
             width = inputs["input_ids"].shape[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers
+from dlzo.products import fast_products
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def forward(model: PreTrainedModel, tokens: Tensor) -> None:
     """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens)."""
     # Offloaded weights lie on the meta device; the hooks that bring them in move the inputs too.
     device = "cpu" if model.device.type == "meta" else model.device
-    model.base_model(input_ids=tokens.to(device), use_cache=False)
+    with fast_products(model):
+        model.base_model(input_ids=tokens.to(device), use_cache=False)
 
 
 def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:

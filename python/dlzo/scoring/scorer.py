@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, layer_parts
+from dlzo.products import fast_products, has_kernels
 from dlzo.scoring.attention import UnsupportedAttentionError, attend_within
 from dlzo.scoring.encoding import EncodedExample, Option, check_tokenizer, encode, max_length
 from dlzo.scoring.forward import (
@@ -287,6 +288,9 @@ class Scorer:
         else:
             yield f"the last layer's MLP at all positions: {self.mlp_problem}"
         yield f"{len(self._norms)} RMS norms by dlzo_kernels.rms_norm, others as the model has them"
+        if self.model.device.type == "cpu" and not has_kernels(self.model.dtype):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            yield f"matrix products in float32: torch has no {dtype} kernels for this processor"
         if self.layer is None:
             return
         if self.states_problem is None:
@@ -420,7 +424,7 @@ class Scorer:
     def _forward(self, pack: Pack) -> Any:
         inputs = {name: tensor.to(self.model.device) for name, tensor in pack.inputs.items()}
         trees = attend_within(self.model, pack.trees) if pack.trees is not None else nullcontext()
-        with trees, by_kernel(self._norms):
+        with trees, by_kernel(self._norms), fast_products(self.model):
             return self.model(**inputs, use_cache=False)
 
     def _layer_input(self, pack: Pack) -> Tensor:

@@ -1,0 +1,80 @@
+"""16-bit matrix products on CPUs for which torch has no kernels: in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+# With fewer rows, converting the weights takes longer than torch's own product.
+_LEAST_ROWS = 16
+# Of weights, converted at a time: 16 MB in float32, which caches hold.
+_CONVERTED = 1 << 22
+
+
+@cache
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this dtype by vector instructions of this CPU.
+
+    On x86 it does not for bfloat16 without AVX-512, nor for float16 without AVX512-FP16.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def fast_products(model: nn.Module) -> AbstractContextManager[object]:
+    """Lets a model's products run in float32 where torch has no kernels for their 16-bit dtype.
+
+    Sums are in float32 and rounded once, as in torch's kernels for 16 bits.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.device.type == "cpu"}
+    return nullcontext() if all(map(has_kernels, dtypes)) else _InFloat32()
+
+
+class _InFloat32(TorchFunctionMode):
+    """Takes the calls of nn.Linear, and those of the Conv1D of transformers (GPT-2)."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if not kwargs and func is F.linear and _is_slow(*args):
+            return _linear(*args)
+        if not kwargs and func is torch.addmm and _is_slow(*args[1:], args[0]):
+            bias, x, weight = args
+            return _linear(x, weight.t(), bias)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        # Quantised weights are a type of their own.
+        all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and all(tensor.is_cpu and tensor.dtype is x.dtype for tensor in tensors)
+        and not has_kernels(x.dtype)
+        and x.numel() >= _LEAST_ROWS * x.shape[-1] > 0
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    wide = x.float()
+    outputs = max(1, _CONVERTED // weight.shape[1])
+    weights = weight.split(outputs)
+    biases = [None] * len(weights) if bias is None else bias.float().split(outputs)
+    parts = zip(weights, biases, strict=True)
+    return torch.cat([F.linear(wide, w.float(), b).to(x.dtype) for w, b in parts], dim=-1)
