@@ -76,6 +76,7 @@ def test_what_torch_does_better_or_others_do_is_left_to_them(taken):
         F.linear(input=x, weight=module.weight)
         F.linear(x, module.weight.as_subclass(Packed))
         torch.addmm(module.bias, x, module.weight.t(), beta=2)
+        torch.addmm(x[:, :10], x, module.weight.t())
     assert taken == []
 
 

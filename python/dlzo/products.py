@@ -52,26 +52,38 @@ class _InFloat32(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if not kwargs and func is F.linear and _is_slow(*args):
-            return _linear(*args)
-        if not kwargs and func is torch.addmm and _is_slow(*args[1:], args[0]):
-            bias, x, weight = args
-            return _linear(x, weight.t(), bias)
+        operands = None if kwargs else _operands(func, args)
+        if operands is not None and _is_slow(*operands):
+            return _linear(*operands)
         return func(*args, **(kwargs or {}))
 
 
-def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _operands(
+    func: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """x, weight and bias, as of nn.Linear; None for calls of something else."""
+    if func is F.linear:
+        x, weight, *bias = args
+        return x, weight, bias[0] if bias else None
+    if func is torch.addmm and len(args) == 3:
+        bias, x, weight = args
+        return x, weight.t(), bias
+    return None
+
+
+def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         # Quantised weights are a type of their own.
         all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and all(tensor.is_cpu and tensor.dtype is x.dtype for tensor in tensors)
         and not has_kernels(x.dtype)
+        and (bias is None or bias.dim() == 1)
         and x.numel() >= _LEAST_ROWS * x.shape[-1] > 0
     )
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = x.float()
     outputs = max(1, _CONVERTED // weight.shape[1])
     weights = weight.split(outputs)
