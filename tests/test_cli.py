@@ -330,7 +330,8 @@ def test_a_name_with_brackets_is_shown_as_it_is(run, model, tmp_path):
     odd = tmp_path / "b[/x]"
     shutil.copytree(model, odd)
     code, text, _ = run("probe", odd, "--dtype", "float32")
-    assert code == 0 and "b[/x]: none" in text
+    # A path that is too long for a line is broken somewhere.
+    assert code == 0 and "b[/x]:none" in "".join(text.split())
 
 
 def test_a_run_of_a_model_in_a_relative_folder_goes_on(run, model, data, tmp_path, monkeypatch):
