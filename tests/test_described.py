@@ -360,3 +360,13 @@ def test_examples_that_cannot_be_judged_are_refused(tmp_path):
     task = Task("mine", (), lambda row: Example("a", (" b",), 0), loss="gold", metric="f1")
     with pytest.raises(UserError, match="line 1 has no answers"):
         load_split(task, tmp_path, "train")
+
+
+def test_a_number_that_is_another_option_is_refused(tmp_path):
+    text = SENTIMENT.replace('[" terrible", " great"]', '[" 1", " 2", " 3"]')
+    task = get_task(write(tmp_path, text))
+    for stars in (1, 2):
+        with pytest.raises(ValueError, match="the text of one option and the index of another"):
+            task.render({"sentence": "fine", "label": stars})
+    assert task.render({"sentence": "fine", "label": 0}).gold == 0
+    assert task.render({"sentence": "fine", "label": "2"}).gold == 1

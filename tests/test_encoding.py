@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import (
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from dlzo.errors import UserError
 from dlzo.generation import generate
 from dlzo.scoring import Scorer
-from dlzo.scoring.encoding import encode
+from dlzo.scoring.encoding import check_tokenizer, encode
 from rows import EXAMPLES
 from tiny import tiny_model
 
@@ -141,3 +142,10 @@ def test_a_tokenizer_that_ends_each_text_is_refused():
 @pytest.mark.parametrize("task", EXAMPLES)
 def test_smollm2s_own_tokens_are_those_beyond_the_prompt(smollm2, task):
     check_options(smollm2[1], EXAMPLES[task])
+
+
+def test_where_a_has_no_token_nothing_stands_behind_it():
+    def tokenizer(text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[1] if add_special_tokens else [])
+
+    check_tokenizer(tokenizer)

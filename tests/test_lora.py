@@ -240,6 +240,9 @@ def test_a_model_that_cannot_have_them_is_refused(data, tmp_path, monkeypatch):
     model = tiny_model("gpt2")
     Target(model, (1,), lora=Lora(3, 0))
     assert_refused(model, "adapters already", lambda: Target(model, (2,), lora=Lora(3, 0)))
+    others = replace(CONFIG, method="dominant", layer=2)
+    out = tmp_path / "out"
+    assert_refused(model, "adapters already", lambda: train(model, TOKENIZER, others, data, out))
     mapping = "peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
     monkeypatch.setattr(mapping, {})
     fresh = tiny_model("gpt2")

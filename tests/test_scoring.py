@@ -625,3 +625,16 @@ def test_threads_take_turns_at_a_model():
     for thread in threads:
         thread.join()
     assert found == [[expected[0]] * 20, [expected[1]] * 20]
+
+
+def test_a_loss_of_another_name_is_refused():
+    with pytest.raises(UserError, match="loss is 'option': choose options or gold"):
+        Scorer(tiny_model(), byte_tokenizer(), loss="option")
+
+
+def test_a_model_of_letters_has_few_tokens():
+    config = CONFIGS["llama"]()
+    config.vocab_size = 5
+    model = AutoModelForCausalLM.from_config(config)
+    scorer = Scorer(model, byte_tokenizer(), decoder_layers(model)[1], cache=PrefixCache(10**6))
+    assert scorer.trees_problem is None and scorer.cache_problem is None

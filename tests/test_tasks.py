@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dlzo.errors import UserError
-from dlzo.tasks import Example, get_task, load_split
+from dlzo.tasks import Example, Task, get_task, load_split, texts
 from rows import EXAMPLES, ROWS
 
 SST2 = get_task("sst2")
@@ -237,3 +239,26 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
     write(tmp_path, b'{"sentence": "caf\xe9", "label": 1}\n')
     with pytest.raises(UserError, match=r"train\.jsonl.*cannot be read"):
         load_split(SST2, tmp_path, "train")
+
+
+def test_a_generated_answer_has_no_options_to_train_on():
+    with pytest.raises(UserError, match="give loss 'gold'"):
+        Task("mine", (), lambda row: None, metric="f1")
+
+
+def test_an_example_takes_texts_and_an_index():
+    assert Example("a", (" b", " c"), np.int64(1)).gold == 1
+    with pytest.raises(ValueError, match="options are the text ' b': give a tuple"):
+        Example("a", " b", 0)
+    with pytest.raises(ValueError, match="answers are the text 'Paris'"):
+        Example("a", (" Paris",), 0, answers="Paris")
+    with pytest.raises(TypeError):
+        Example("a", (" b", " c"), 0.5)
+
+
+def test_one_option_leaves_nothing_to_choose(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"a": "b"}\n')
+    task = Task("mine", texts("a"), lambda row: Example(row["a"], (" c",), 0))
+    with pytest.raises(UserError, match="line 1 has one option"):
+        load_split(task, tmp_path, "train")
+    load_split(replace(task, loss="gold"), tmp_path, "train")

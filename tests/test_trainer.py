@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -166,10 +167,78 @@ def test_an_existing_result_is_replaced_only_when_asked(data, tmp_path):
     (out / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="--overwrite"):
         train(tiny_model(), TOKENIZER, SHORT, data, out)
-    assert (out / "note.txt").exists()
+    with pytest.raises(UserError, match=r"note\.txt' is not of a run"):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, overwrite=True)
+    assert (out / "note.txt").read_text() == "mine" and (out / "metrics.json").exists()
+    (out / "note.txt").unlink()
+    (out / "curve.png").write_text("of --plot")
     metrics = train(tiny_model(), TOKENIZER, replace(SHORT, seed=5), data, out, overwrite=True)
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert not (out / "note.txt").exists() and not list(tmp_path.glob("out.*"))
+    assert not (out / "curve.png").exists() and not list(tmp_path.glob("out.*"))
+
+
+def test_an_adapter_of_others_is_no_result(data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_model.safetensors").write_text("of PEFT")
+    with pytest.raises(UserError, match="not a result of dlzo"):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, overwrite=True)
+    assert (out / "adapter_model.safetensors").read_text() == "of PEFT"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("steps", 6.0, "a whole number"),
+        ("batch_size", "4", "a whole number"),
+        ("seed", True, "a whole number"),
+        ("seed", None, "a whole number"),
+        ("directions", 2.0, "a whole number"),
+        ("rank", 2.5, "a whole number"),
+        ("layer", True, "a number or several"),
+        ("eps", "1e-3", "a number"),
+        ("weight_decay", None, "a number"),
+        ("lr", "3e-4", "'auto'"),
+        ("lr", True, "'auto'"),
+        ("lr_per_spread", 1, "True or False"),
+        ("task", 3, "a text"),
+        ("prefix_cache_dir", 3, "a path"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_at_once(name, value, says):
+    with pytest.raises(UserError, match=f"{name} is {value!r}: give .*{says}"):
+        replace(SHORT, **{name: value})
+
+
+def test_paths_are_texts(data, tmp_path):
+    config = replace(SHORT, prefix_cache_dir=tmp_path / "prefixes", task=Path("mine.yaml"))
+    assert config.prefix_cache_dir == str(tmp_path / "prefixes")
+    assert config.task == "mine.yaml"
+
+
+@pytest.mark.parametrize("change", ["frozen", "float64"])
+def test_a_model_that_cannot_be_tuned_is_refused_before_anything_is_written(data, tmp_path, change):
+    model = tiny_model()
+    if change == "frozen":
+        model.requires_grad_(False)
+    else:
+        model.double()
+    with pytest.raises(UserError, match="requires a gradient" if change == "frozen" else "float64"):
+        train(model, TOKENIZER, SHORT, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_layer_is_found_without_dropout(data, tmp_path, monkeypatch):
+    seen = []
+
+    def probe(model, *_):
+        seen.append(model.training)
+        raise UserError("enough")
+
+    monkeypatch.setattr(trainer, "_find_layers", probe)
+    with pytest.raises(UserError, match="enough"):
+        train(tiny_model().train(), TOKENIZER, SHORT, data, tmp_path / "out")
+    assert seen == [False]
 
 
 def test_what_only_looks_like_an_earlier_result_is_left_alone(data, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -110,6 +112,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, _plain(value))
+        self._check_types()
         if self.method not in METHODS:
             raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
         rank = self.rank
@@ -147,8 +150,8 @@ class TrainConfig:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
         check_eps(self.eps)
         lr = 0.0 if self.lr == "auto" else self.lr
-        if not (math.isfinite(lr) and lr >= 0):
-            raise UserError(f"lr is {lr}: give a number of 0 or above, such as 3e-4, or 'auto'")
+        if type(lr) not in (int, float) or not (math.isfinite(lr) and lr >= 0):
+            raise UserError(f"lr is {lr!r}: give a number of 0 or above, such as 3e-4, or 'auto'")
         if self.lr_decay not in DECAYS:
             raise UserError(f"lr_decay {self.lr_decay!r}: choose {' or '.join(DECAYS)}")
         if not (self.weight_decay >= 0 and lr * self.weight_decay < 1):
@@ -160,6 +163,16 @@ class TrainConfig:
         if not self.sync_seconds >= 0:
             raise UserError(f"sync_seconds is {self.sync_seconds}: give a number of 0 or above")
 
+    def _check_types(self) -> None:
+        for name, kind in _kinds().items():
+            value = getattr(self, name)
+            # A bool is an int in Python, an int a float in arithmetic.
+            allowed = (int, float) if kind is float else kind
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise UserError(
+                    f"{name} is {value!r}: give {_WORDS.get(kind, 'a number or several')}"
+                )
+
 
 def check_eps(eps: float) -> None:
     """Raises UserError unless a perturbation can have this size: that of `zo_step`."""
@@ -167,8 +180,24 @@ def check_eps(eps: float) -> None:
         raise UserError(f"eps is {eps}: give a number between 1e-37 and 1e37, such as 1e-3")
 
 
+_WORDS: dict[Any, str] = {
+    **{int: "a whole number", int | None: "a whole number", float: "a number"},
+    **{bool: "True or False", str: "a text", str | None: "a path"},
+}
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """What isinstance takes for each value; that of lr is checked with its range."""
+    own = {"layer": int | Sequence | None, "channels": str | Sequence}
+    kinds = get_type_hints(TrainConfig) | own
+    return {name: kind for name, kind in kinds.items() if name != "lr"}
+
+
 def _plain(value: Any) -> Any:
-    """The value without numbers of numpy, which JSON does not take."""
+    """The value without paths and numbers of numpy, which JSON does not take."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dlzo.errors import UserError
+
+PARTIAL = re.compile(r"\..+\.partial-\d+")  # names of what is not whole yet
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -187,7 +187,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 def absolute_name(name: str) -> str:
     """A model's name as it holds from any folder."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() and name != DEFAULT_MODEL else name
+    named = name not in ("", DEFAULT_MODEL)  # a model that was made of a configuration has no name
+    return str(path.resolve()) if named and path.exists() else name
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

@@ -266,14 +266,14 @@ def probe(
     """Run texts through a model and find its dominant layer.
 
     Args:
-        model: a decoder-only model in eval mode.
+        model: a decoder-only model; it is set to evaluation mode.
         tokenizer: its tokenizer; it adds a start token if that is its habit.
         texts: what to run, the built-in texts if None; of each the first 96 tokens are read.
 
     Raises:
         UserError: no text has a token, or the activations are not finite.
     """
-    encoded = calibration_tokens(model, tokenizer, texts)
+    encoded = calibration_tokens(model.eval(), tokenizer, texts)
     sites = find_sites(model)
     found = run(model, encoded, LENGTHS, sites)
     absmax, kurtosis = found.profile(LENGTHS[-1])

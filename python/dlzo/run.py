@@ -12,14 +12,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dlzo.adapter import WEIGHTS_FILE
+from dlzo.adapter import PEFT_FILE, WEIGHTS_FILE
 from dlzo.errors import UserError
-from dlzo.files import parse_json_object, parse_versioned, remove_partial_files, replace_file
+from dlzo.files import (
+    PARTIAL,
+    parse_json_object,
+    parse_versioned,
+    remove_partial_files,
+    replace_file,
+)
 
 SETTINGS_FILE = "run.json"
 JOURNAL_FILE = "journal.zo"
 METRICS_FILE = "metrics.json"
 LOCK_FILE = ".lock"
+_FILES = {SETTINGS_FILE, JOURNAL_FILE, METRICS_FILE, LOCK_FILE, WEIGHTS_FILE, PEFT_FILE}
 VERSION = 1
 MAX_SETTINGS = 1 << 20  # bytes
 _FIELDS = {"model": str, "dtype": str, "data": str, "config": dict}
@@ -121,10 +128,28 @@ def check_free(out: Path, overwrite: bool) -> None:
             f"{str(replaced)!r}, where the earlier result would be kept, is not a result of dlzo: "
             "choose another output folder"
         )
+    for folder in (out, replaced):
+        if foreign := _foreign_file(folder):
+            raise UserError(
+                f"{str(foreign)!r} is not of a run, and would be deleted with it: move it away, or "
+                "choose another output folder"
+            )
 
 
 def _is_result(out: Path) -> bool:
-    return (out / SETTINGS_FILE).is_file() or (out / WEIGHTS_FILE).is_file()
+    return (out / SETTINGS_FILE).is_file()
+
+
+def _foreign_file(out: Path) -> Path | None:
+    """A file or folder in `out` that no run makes."""
+    paths = sorted(out.iterdir()) if out.is_dir() else []
+    return next((path for path in paths if not _is_of_a_run(path)), None)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    # `--plot` may have drawn it there.
+    is_plot = path.is_file() and path.suffix in (".png", ".svg")
+    return path.name in _FILES or is_plot or PARTIAL.fullmatch(path.name) is not None
 
 
 def _replaced(out: Path) -> Path:

@@ -17,7 +17,7 @@ from dlzo.channels import written_into
 from dlzo.config import PARTS
 from dlzo.errors import UserError
 from dlzo.lora import Adapters, Lora, take_out
-from dlzo.models import decoder_layers, layer_parts
+from dlzo.models import DTYPES, decoder_layers, layer_parts
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,24 @@ class Target:
         if self.channels and not self.layers:
             raise UserError("channels are given and no layer: only decoder layers write into them")
         _ = self.modules
+
+    def check_tunable(self) -> None:
+        """Raises UserError unless steps can be taken on it: it may be loaded and replaced alone."""
+        if self.lora is None and getattr(self.model, "peft_config", None):
+            name = type(self.model).__name__
+            raise UserError(f"this {name} has adapters already: load it anew, or merge them")
+        tuned = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        if not tuned:
+            raise UserError(
+                "nothing of what is tuned requires a gradient, so all of it is frozen: call "
+                "requires_grad_(True) on the model"
+            )
+        for name, parameter in tuned.items():
+            if parameter.dtype not in DTYPES.values():
+                raise UserError(
+                    f"{name} has dtype {parameter.dtype}: load the model in one of "
+                    f"{', '.join(DTYPES)}"
+                )
 
     @property
     def decoder_layers(self) -> list[nn.Module]:

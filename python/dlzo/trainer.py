@@ -458,6 +458,7 @@ def _resolved(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> TrainConfig:
     """The configuration with the layers and channels that it leaves to be found, by number."""
+    model.eval()  # dropout would find others at each try
     layers, channels = _find_layers(model, tokenizer, config), config.channels
     if channels == "outlier":
         tuned = Target(model, layers).decoder_layers
@@ -469,7 +470,9 @@ def _resolved(
 
 def _target(model: PreTrainedModel, config: TrainConfig) -> Target:
     lora = Lora(config.rank, config.seed) if config.method == "lora" else None
-    return Target(model, config.layers, config.part, lora, chosen_channels(config.channels))
+    target = Target(model, config.layers, config.part, lora, chosen_channels(config.channels))
+    target.check_tunable()
+    return target
 
 
 def _find_layers(

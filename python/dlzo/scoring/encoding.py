@@ -64,7 +64,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError if there would be a token behind each option or prompt."""
     tokens = tokenizer("a").input_ids
     bare = tokenizer("a", add_special_tokens=False).input_ids
-    if tokens[-len(bare) :] != bare:
+    # Where "a" has no token nothing can be told.
+    if bare and tokens[-len(bare) :] != bare:
         raise UserError(
             f"the tokenizer puts {tokenizer.convert_ids_to_tokens(tokens[-1])!r} behind each text, "
             "which would be scored and continued in its place: load it with add_eos_token=False"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -160,6 +160,8 @@ class Scorer:
         self.tokenizer = tokenizer
         self.layers = [layer] if isinstance(layer, nn.Module) else list(layer)
         self.layer = self._lowest_layer()
+        if loss not in get_args(TrainingLoss):
+            raise UserError(f"loss is {loss!r}: choose {' or '.join(get_args(TrainingLoss))}")
         self.loss = loss
         self.row_tokens = row_tokens or ROW_TOKENS[model.dtype.itemsize]
         self.max_length = max_length(model)
@@ -458,7 +460,7 @@ class Scorer:
     @torch.inference_mode()
     def _find_what_is_allowed(self, cache: PrefixCache | None) -> None:
         """Scores a few tokens in the plainest way and in the better ones."""
-        first, second = tuple(range(12)), (*range(8), *range(20, 26))
+        first, second = self._trial_text(range(12)), self._trial_text((*range(8), *range(20, 26)))
         batch = _two_options(first, second)
         plain = _plan(batch, pad_rows((first, second), row_tokens=1))
         expected = self._scores(plain, (), normalised=True)
@@ -484,6 +486,11 @@ class Scorer:
             self.cache = cache if problem is None else None
             self.cache_problem = problem if cache is not None else self.cache_problem
 
+    def _trial_text(self, tokens: Iterable[int]) -> Tokens:
+        """Tokens that the model has: one of letters may have few."""
+        config = self.model.config.get_text_config(decoder=True)
+        return tuple(token % config.vocab_size for token in tokens)
+
     def _find_last_mlp(self, plan: Plan, expected: Tensor) -> str | None:
         """Why the last layer's MLP cannot be left out where nothing is read; None if it can."""
         try:
@@ -504,7 +511,8 @@ class Scorer:
         scores = []
         for token in (0, 1):
             # At the first place all that follow see it, at the last it is next to the second text.
-            first, second = (token, *range(2, 12), token), tuple(range(12, 0, -1))
+            first = self._trial_text((token, *range(2, 12), token))
+            second = self._trial_text(range(12, 0, -1))
             packs = pack_trees(grow_trees((first, second), hidden_size=0), row_tokens=64)
             # Other targets would change which logits are sharp.
             options = (Option(0, second[-4:]), Option(1, second[-4:]))

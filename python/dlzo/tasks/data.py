@@ -71,6 +71,11 @@ def _example(task: Task, line: str, where: str) -> Example:
         raise UserError(f"{where}: {error}") from error
     if task.metric == "f1" and not example.answers:
         raise UserError(f"{where} has no answers, which task {task.name!r} is judged by")
+    if task.loss == "options" and len(example.options) < 2:
+        raise UserError(
+            f"{where} has one option, from which there is nothing to choose: give two, or the task "
+            "the loss 'gold'"
+        )
     return example
 
 

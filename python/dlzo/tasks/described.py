@@ -149,6 +149,12 @@ def _choice(
 
 def _gold(label: str, value: int | str, options: tuple[str, ...]) -> int:
     if isinstance(value, int):
+        texts = [option.strip() for option in options]
+        if str(value) in texts and texts.index(str(value)) != value:
+            raise ValueError(
+                f"field {label!r} is {value}, the text of one option and the index of another: "
+                "write the text, in quotes"
+            )
         found = [value] if 0 <= value < len(options) else []
     else:
         found = [i for i, option in enumerate(options) if option.strip() == value.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,8 @@ class Example:
         answers: Gold answers of a generation task; empty for the others.
 
     Raises:
-        ValueError: `gold` is no index of an option.
+        ValueError: `gold` is no index of an option, or texts are given as one.
+        TypeError: `gold` is no integer.
     """
 
     prompt: str
@@ -35,6 +37,10 @@ class Example:
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("options", "answers"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} are the text {getattr(self, name)[:60]!r}: give a tuple")
+        object.__setattr__(self, "gold", int(operator.index(self.gold)))
         if not 0 <= self.gold < len(self.options):
             raise ValueError(f"the right option is {self.gold} of {len(self.options)}")
 
@@ -92,6 +98,12 @@ class Task:
                     f"{name} {getattr(self, name)!r} of task {self.name!r}: choose "
                     f"{' or '.join(values)}"
                 )
+
+        if (self.loss, self.metric) == ("options", "f1"):
+            raise UserError(
+                f"task {self.name!r} has metric 'f1', where there is one answer and no option "
+                "beside it: give loss 'gold'"
+            )
 
     def drawn(self, examples: Sequence[Example]) -> Sequence[Example]:
         """What steps are taken on: where the gold option alone counts, the others are left out."""
