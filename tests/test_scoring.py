@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, BertConfig, Llama4TextConfig, Qwen2MoeConfig
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
@@ -638,3 +638,45 @@ def test_a_model_of_letters_has_few_tokens():
     model = AutoModelForCausalLM.from_config(config)
     scorer = Scorer(model, byte_tokenizer(), decoder_layers(model)[1], cache=PrefixCache(10**6))
     assert scorer.trees_problem is None and scorer.cache_problem is None
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="looks at the tokens after a position"):
+        Scorer(model, byte_tokenizer())
+
+
+@pytest.mark.parametrize(("chunk", "packed"), [(16, False), (256, True)])
+def test_attention_in_chunks_is_packed_where_no_text_fills_one(chunk, packed):
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        max_position_embeddings=256,
+        attention_chunk_size=chunk,
+        layer_types=["chunked_attention", "full_attention"],
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    scorer = Scorer(model, byte_tokenizer())
+    assert (scorer.trees_problem is None) == packed
+    found = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
+    for scores, example in zip(found[0], EXAMPLES, strict=True):
+        expected = plain_scores(model, byte_tokenizer(), example)
+        torch.testing.assert_close(scores[: len(expected)], expected, rtol=0, atol=1e-5)

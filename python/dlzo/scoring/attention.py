@@ -24,6 +24,11 @@ _WITHOUT_EFFECT = {
 }
 
 
+# Of a configuration: how many tokens are seen at most, by masks that are not made here. The chunks
+# of Llama 4, and the keys that DeepSeek V3.2 chooses.
+_SEEN_AT_MOST = ("attention_chunk_size", "index_topk")
+
+
 class UnsupportedAttentionError(Exception):
     """An attention does more than softmax(q k) v with a window or a soft cap."""
 
@@ -103,6 +108,16 @@ def attention_within_trees(
         out = tree_attention(query, key, value, row.parents, **terms)
         return out.transpose(1, 2), None
     return _tree_by_tree(query, key, value, row.trees, **terms), None
+
+
+def unseen_tokens(model: PreTrainedModel, length: int) -> str | None:
+    """What hides tokens of texts of some length by a mask alone; None if nothing does."""
+    config = model.config.get_text_config(decoder=True)
+    for name in _SEEN_AT_MOST:
+        most = getattr(config, name, None)
+        if most is not None and most < length:
+            return f"{type(model).__name__} has {name} {most}"
+    return None
 
 
 def _is_windowed(config: Any) -> bool:

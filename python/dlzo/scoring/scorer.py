@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, layer_parts
 from dlzo.products import fast_products, has_kernels
-from dlzo.scoring.attention import UnsupportedAttentionError, attend_within
+from dlzo.scoring.attention import UnsupportedAttentionError, attend_within, unseen_tokens
 from dlzo.scoring.encoding import EncodedExample, Option, check_tokenizer, encode, max_length
 from dlzo.scoring.forward import (
     ReachedLayerError,
@@ -464,12 +464,19 @@ class Scorer:
         batch = _two_options(first, second)
         plain = _plan(batch, pad_rows((first, second), row_tokens=1))
         expected = self._scores(plain, (), normalised=True)
+        side_by_side = _plan(batch, pad_rows((first, second), row_tokens=64))
+        if self._problem(side_by_side, (), expected) is not None:
+            raise self._unsupported("looks at the tokens after a position or at other rows")
         self._norms = rms_norms(self.model)
         if self._problem(plain, (), expected) is not None:
             self._norms = {}
         self.mlp_problem = self._find_last_mlp(plain, expected)
         best = _plan(batch, self._lay_out({first, second}))
-        self.trees_problem = self._problem(best, (), expected) or self._leak()
+        self.trees_problem = (
+            unseen_tokens(self.model, self.max_length)
+            or self._problem(best, (), expected)
+            or self._leak()
+        )
         if self.layer is None:
             return
         if (shared := self._find_shared_weights()) is not None:
