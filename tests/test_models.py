@@ -17,7 +17,14 @@ from transformers.utils import logging
 
 import dlzo.models
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers, load_gguf, load_model, parse_device, parse_dtype
+from dlzo.models import (
+    decoder_layers,
+    layer_parts,
+    load_gguf,
+    load_model,
+    parse_device,
+    parse_dtype,
+)
 from tiny import CONFIGS, byte_tokenizer, tiny_model
 from tiny_gguf import write_gguf
 
@@ -285,3 +292,16 @@ def test_a_cached_copy_is_used_only_if_the_hub_is_unreachable(
     with pytest.raises(UserError, match="seen enough"):
         load_model("some/model")
     assert local_only == [not reachable]
+
+
+def test_parts_are_told_apart_by_what_they_take():
+    class Mixer(nn.Linear):
+        def forward(self, hidden, mask=None, cache=None):
+            return super().forward(hidden)
+
+    layer = nn.Module()
+    layer.feed_forward, layer.mamba, layer.attention = nn.Linear(2, 2), Mixer(2, 2), Mixer(2, 2)
+    assert layer_parts(layer) == {"attention": ["mamba", "attention"], "mlp": ["feed_forward"]}
+    layer = nn.Module()  # where that does not tell, the first
+    layer.mixer, layer.fc1, layer.fc2 = (nn.Linear(2, 2) for _ in range(3))
+    assert layer_parts(layer) == {"attention": ["mixer"], "mlp": ["fc1", "fc2"]}

@@ -6,8 +6,15 @@ from threading import Thread
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BertConfig, Llama4TextConfig, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Llama4TextConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+)
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
@@ -680,3 +687,57 @@ def test_attention_in_chunks_is_packed_where_no_text_fills_one(chunk, packed):
     for scores, example in zip(found[0], EXAMPLES, strict=True):
         expected = plain_scores(model, byte_tokenizer(), example)
         torch.testing.assert_close(scores[: len(expected)], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_that_does_more_than_a_product_is_left_to_itself(dtype):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model = tiny_model("llama", dtype)
+    head = Scaled(*reversed(model.lm_head.weight.shape), bias=False, dtype=dtype)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    scorer = Scorer(model, byte_tokenizer(*SENTIMENT))
+    scores = scorer.scores(scorer.plan(scorer.encode(EXAMPLES[:3])))[0]
+    atol = 1e-5 if dtype is torch.float32 else 0.3
+    for found, example in zip(scores, EXAMPLES, strict=False):
+        expected = plain_scores(model, byte_tokenizer(*SENTIMENT), example).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def test_windows_by_a_mask_are_those_of_each_state():
+    config = PhimoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=256,
+        sliding_window=20,  # more than the texts of the trial have, fewer than these
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    layer = decoder_layers(model)[1]
+    scorer = Scorer(model, byte_tokenizer(), layer)
+    states = Shift(layer).states
+    losses = scorer.losses(scorer.plan(scorer.encode(EXAMPLES)), states)
+    for found, state in zip(losses, states, strict=True):
+        with state():
+            assert found == pytest.approx(plain_loss(model, byte_tokenizer(), EXAMPLES), abs=1e-5)
+
+
+def test_a_norm_that_takes_a_gate_is_left_to_the_model():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x, gate=None):
+            return rms_norm(x, self.weight, self.eps) * gate.to(x.dtype)
+
+    assert rms_norms(nn.Sequential(Gated())) == {}

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -96,31 +97,37 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if len({type(block) for block in module}) == 1:
             return module
     raise UserError(
-        f"{type(model).__name__} has no list of {count} decoder layers of one class: "
-        "choose a decoder-only model"
+        f"{type(model).__name__} has no list of {count} decoder layers of one class (hybrids of "
+        "several classes are not supported): choose another model"
     )
 
 
 def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
     """Names of the children of a decoder layer that are its "attention" and its "mlp".
 
-    By structure: of the children that hold matrices, the first is the attention, or what mixes
-    tokens in its stead, and all others are the MLP (in OPT two matrices by themselves).
+    By structure: of the children that hold matrices, those which take more than a hidden state or
+    two (a mask, a cache) are the attention, or what mixes tokens in its stead, and all others are
+    the MLP (in OPT two matrices by themselves). Where that does not tell, the attention is the
+    first.
 
     Raises:
         UserError: the layer has fewer than two such children.
     """
-    first, *others = [
-        name
+    children = {
+        name: child
         for name, child in layer.named_children()
         if any(parameter.ndim >= 2 for parameter in child.parameters())
-    ] or [""]
+    }
+    attention = [n for n, c in children.items() if len(signature(c.forward).parameters) > 2]
+    if len(attention) in (0, len(children)):
+        attention = list(children)[:1]
+    others = [name for name in children if name not in attention]
     if not others:
         raise UserError(
             f"{type(layer).__name__} has no attention and MLP that can be told apart: tune all of "
             "the layer"
         )
-    return {"attention": [first], "mlp": others}
+    return {"attention": attention, "mlp": others}
 
 
 _in_use: WeakSet[nn.Module] = WeakSet()

@@ -24,9 +24,10 @@ _WITHOUT_EFFECT = {
 }
 
 
-# Of a configuration: how many tokens are seen at most, by masks that are not made here. The chunks
-# of Llama 4, and the keys that DeepSeek V3.2 chooses.
-_SEEN_AT_MOST = ("attention_chunk_size", "index_topk")
+# Of a configuration: how many tokens are seen at most. By masks that are not made here: the chunks
+# of Llama 4, and the keys that DeepSeek V3.2 chooses; and by windows.
+CHUNKS = ("attention_chunk_size", "index_topk")
+WINDOWS = ("sliding_window", "attention_window_size")
 
 
 class UnsupportedAttentionError(Exception):
@@ -110,10 +111,10 @@ def attention_within_trees(
     return _tree_by_tree(query, key, value, row.trees, **terms), None
 
 
-def unseen_tokens(model: PreTrainedModel, length: int) -> str | None:
-    """What hides tokens of texts of some length by a mask alone; None if nothing does."""
+def hides_tokens(model: PreTrainedModel, names: Sequence[str], length: int) -> str | None:
+    """Which of these settings hides tokens of texts of some length; None if none does."""
     config = model.config.get_text_config(decoder=True)
-    for name in _SEEN_AT_MOST:
+    for name in names:
         most = getattr(config, name, None)
         if most is not None and most < length:
             return f"{type(model).__name__} has {name} {most}"

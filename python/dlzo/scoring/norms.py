@@ -83,7 +83,7 @@ def _is_rms_norm(module: nn.Module, eps: float) -> bool:
     try:
         expected = module.forward(x)  # past all hooks
     # What modules raise that are something else.
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return False
     found = rms_norm(x, weight, eps)
     if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (x.shape, x.dtype):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, layer_parts
 from dlzo.products import fast_products, has_kernels
-from dlzo.scoring.attention import UnsupportedAttentionError, attend_within, unseen_tokens
+from dlzo.scoring.attention import (
+    CHUNKS,
+    WINDOWS,
+    UnsupportedAttentionError,
+    attend_within,
+    hides_tokens,
+)
 from dlzo.scoring.encoding import EncodedExample, Option, check_tokenizer, encode, max_length
 from dlzo.scoring.forward import (
     ReachedLayerError,
@@ -368,7 +374,7 @@ class Scorer:
         hidden: Tensor | None,
     ) -> Tensor:
         # Without the normaliser, the option tokens' rows of the output embeddings are enough.
-        restricted = not normalised and isinstance(self._head, nn.Linear)
+        restricted = not normalised and _is_linear(self._head)
         vocabulary, column = readout.target.unique(return_inverse=True)
         state_count = max(1, len(states))
         with ExitStack() as stack:
@@ -409,7 +415,7 @@ class Scorer:
                 raise self._unsupported("does not keep one hidden state per token and state")
             hidden = hidden.unflatten(0, (states, -1))[:, readout.row, readout.column]
             hidden = hidden.flatten(0, 1)[None]
-            if not isinstance(head, nn.Linear):
+            if not _is_linear(head):
                 return own_forward(hidden)
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             bias = None if head.bias is None else head.bias[vocabulary].to(dtype)
@@ -473,7 +479,7 @@ class Scorer:
         self.mlp_problem = self._find_last_mlp(plain, expected)
         best = _plan(batch, self._lay_out({first, second}))
         self.trees_problem = (
-            unseen_tokens(self.model, self.max_length)
+            hides_tokens(self.model, CHUNKS, self.max_length)
             or self._problem(best, (), expected)
             or self._leak()
         )
@@ -487,6 +493,9 @@ class Scorer:
             self.states_problem = f"{len(self.layers)} layers are tuned"
         else:
             self.states_problem = self._problem(best, (nullcontext, nullcontext), expected)
+            if self.trees_problem is not None and self.states_problem is None:
+                # The model's mask has the rows of one state; short texts have none.
+                self.states_problem = hides_tokens(self.model, WINDOWS + CHUNKS, self.max_length)
         if cache is not None or self.states_problem is not None:
             problem = self._find_whether_it_takes_an_input(best, expected)
             self._takes_input = problem is None
@@ -586,6 +595,11 @@ class Scorer:
 
     def _unsupported(self, what: str) -> UserError:
         return UserError(f"{type(self.model).__name__} {what}: choose a decoder-only model")
+
+
+def _is_linear(head: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether output embeddings are a product and a bias: some scale what comes of it."""
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
 
 def _beside(output: Any) -> tuple[None, ...] | None:
