@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM,
     BertConfig,
     Llama4TextConfig,
     PhimoeConfig,
@@ -22,7 +21,7 @@ from dlzo.scoring import PrefixCache, Scorer, norms
 from dlzo.scoring.norms import rms_norms
 from dlzo.tasks import Example
 from dlzo_kernels import rms_norm
-from tiny import CONFIGS, VOCABULARY, byte_tokenizer, tiny_model
+from tiny import CONFIGS, VOCABULARY, byte_tokenizer, random_model, tiny_model
 
 SENTIMENT = (" terrible", " great")
 EXAMPLES = [
@@ -222,23 +221,20 @@ def test_weights_shared_with_another_layer_move_there_too():
 
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_mixture_of_experts_is_packed_unless_it_windows_by_a_mask(window):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            Qwen2MoeConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                num_experts=4,
-                num_experts_per_tok=2,
-                initializer_range=0.2,
-                sliding_window=window,
-                use_sliding_window=window is not None,
-                max_window_layers=0,
-            )
-        ).eval()
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+        sliding_window=window,
+        use_sliding_window=window is not None,
+        max_window_layers=0,
+    )
+    model = random_model(config)
     scorer = Scorer(model, byte_tokenizer())
     assert (scorer.trees_problem is None) == (window is None)
     (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
@@ -642,7 +638,7 @@ def test_a_loss_of_another_name_is_refused():
 def test_a_model_of_letters_has_few_tokens():
     config = CONFIGS["llama"]()
     config.vocab_size = 5
-    model = AutoModelForCausalLM.from_config(config)
+    model = random_model(config)
     scorer = Scorer(model, byte_tokenizer(), decoder_layers(model)[1], cache=PrefixCache(10**6))
     assert scorer.trees_problem is None and scorer.cache_problem is None
 
@@ -656,8 +652,7 @@ def test_a_model_that_sees_what_follows_is_refused():
         intermediate_size=64,
         initializer_range=0.2,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = random_model(config)
     with pytest.raises(UserError, match="looks at the tokens after a position"):
         Scorer(model, byte_tokenizer())
 
@@ -679,8 +674,7 @@ def test_attention_in_chunks_is_packed_where_no_text_fills_one(chunk, packed):
         layer_types=["chunked_attention", "full_attention"],
         initializer_range=0.2,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = random_model(config)
     scorer = Scorer(model, byte_tokenizer())
     assert (scorer.trees_problem is None) == packed
     found = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
@@ -720,8 +714,7 @@ def test_windows_by_a_mask_are_those_of_each_state():
         sliding_window=20,  # more than the texts of the trial have, fewer than these
         initializer_range=0.2,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = random_model(config)
     layer = decoder_layers(model)[1]
     scorer = Scorer(model, byte_tokenizer(), layer)
     states = Shift(layer).states

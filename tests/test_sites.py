@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV3Config,
     FalconConfig,
     GPTJConfig,
@@ -14,14 +13,13 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     PretrainedConfig,
-    PreTrainedModel,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
 )
 
 from dlzo.models import decoder_layers
 from dlzo.sites import Sites, find_sites
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, random_model, tiny_model
 
 _LLAMA = Sites("self_attn.o_proj", "mlp.down_proj", "mlp.down_proj")
 EXPECTED = {
@@ -43,12 +41,6 @@ def test_sites_of_each_family(family: str) -> None:
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GQA = {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": None}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-def random_model(config: PretrainedConfig) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     PhiConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -74,9 +75,14 @@ CONFIGS = {
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model of four layers, the same at each call."""
+    return random_model(CONFIGS[family]()).to(dtype)
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A random model of a configuration, the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def byte_tokenizer(*words: str) -> PreTrainedTokenizerFast:

@@ -166,9 +166,7 @@ class TrainConfig:
     def _check_types(self) -> None:
         for name, kind in _kinds().items():
             value = getattr(self, name)
-            # A bool is an int in Python, an int a float in arithmetic.
-            allowed = (int, float) if kind is float else kind
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            if not _is_of(kind, value):
                 raise UserError(
                     f"{name} is {value!r}: give {_WORDS.get(kind, 'a number or several')}"
                 )
@@ -194,6 +192,13 @@ def _kinds() -> dict[str, Any]:
     return {name: kind for name, kind in kinds.items() if name != "lr"}
 
 
+def _is_of(kind: Any, value: object) -> bool:
+    """Whether a value is of a kind: a bool is no int here, an int is a float."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def _plain(value: Any) -> Any:
     """The value without paths and numbers of numpy, which JSON does not take."""
     if isinstance(value, os.PathLike):
@@ -209,9 +214,7 @@ def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
     own = {"layer": int | list | None, "channels": str | list, "lr": float}
     types = get_type_hints(TrainConfig) | own
     for name, value in values.items():
-        # An int is a float in JSON.
-        kind = types.get(name, ())
-        if not isinstance(value, (int, float) if kind is float else kind):
+        if not _is_of(types.get(name, ()), value):
             raise UserError(f"the settings in {str(out)!r} have no valid {name[:60]!r}")
     try:
         return TrainConfig(**values)

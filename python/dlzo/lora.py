@@ -72,8 +72,7 @@ class Adapters:
         # Imported late: not everybody has it, and it is slow.
         from peft import LoraConfig, inject_adapter_in_model
 
-        if getattr(model, "peft_config", None):
-            raise UserError(f"this {type(model).__name__} has adapters already: load it anew")
+        refuse_adapters(model)
         names = _projections(model, layers)
         self.settings: dict[str, Any] = {
             "peft_type": "LORA",
@@ -111,6 +110,12 @@ class Adapters:
     def modules(self) -> list[nn.Module]:
         """The matrices, and what they stand beside."""
         return [*self._bases, *self.matrices]
+
+
+def refuse_adapters(model: PreTrainedModel) -> None:
+    """Raises UserError if a model holds adapters already."""
+    if getattr(model, "peft_config", None):
+        raise UserError(f"this {type(model).__name__} has adapters already: load it anew")
 
 
 def take_out(model: PreTrainedModel, *, merge: bool = False) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dlzo.channels import written_into
 from dlzo.config import PARTS
 from dlzo.errors import UserError
-from dlzo.lora import Adapters, Lora, take_out
+from dlzo.lora import Adapters, Lora, refuse_adapters, take_out
 from dlzo.models import DTYPES, decoder_layers, layer_parts
 
 
@@ -62,9 +62,8 @@ class Target:
 
     def check_tunable(self) -> None:
         """Raises UserError unless steps can be taken on it: it may be loaded and replaced alone."""
-        if self.lora is None and getattr(self.model, "peft_config", None):
-            name = type(self.model).__name__
-            raise UserError(f"this {name} has adapters already: load it anew, or merge them")
+        if self.lora is None:
+            refuse_adapters(self.model)
         tuned = {name: p for name, p in self.parameters.items() if p.requires_grad}
         if not tuned:
             raise UserError(
