@@ -13,6 +13,7 @@ from typing import Any
 
 from dlzo.errors import UserError
 
+PLOT_FORMATS = (".png", ".svg")
 PARTIAL = re.compile(r"\..+\.partial-\d+")  # names of what is not whole yet
 
 

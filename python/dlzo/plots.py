@@ -12,13 +12,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dlzo.errors import UserError
-from dlzo.files import replace_file
+from dlzo.files import PLOT_FORMATS, replace_file
 from dlzo.metrics import Metrics
 from dlzo.probe import ProbeReport
 from dlzo.sensitivity import SensitivityReport
 from dlzo.target import describe
-
-FORMATS = (".png", ".svg")
 
 
 def tidy(axes: Axes) -> None:
@@ -138,8 +136,8 @@ def plot_history(metrics: Metrics, path: Path) -> None:
 def check_suffix(path: Path) -> None:
     """Raises UserError unless a figure can be written as its suffix says."""
     suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise UserError(f"plot {path} has the suffix {suffix!r}: use {' or '.join(FORMATS)}")
+    if suffix not in PLOT_FORMATS:
+        raise UserError(f"plot {path} has the suffix {suffix!r}: use {' or '.join(PLOT_FORMATS)}")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -16,6 +16,7 @@ from dlzo.adapter import PEFT_FILE, WEIGHTS_FILE
 from dlzo.errors import UserError
 from dlzo.files import (
     PARTIAL,
+    PLOT_FORMATS,
     parse_json_object,
     parse_versioned,
     remove_partial_files,
@@ -148,7 +149,7 @@ def _foreign_file(out: Path) -> Path | None:
 
 def _is_of_a_run(path: Path) -> bool:
     # `--plot` may have drawn it there.
-    is_plot = path.is_file() and path.suffix in (".png", ".svg")
+    is_plot = path.is_file() and path.suffix in PLOT_FORMATS
     return path.name in _FILES or is_plot or PARTIAL.fullmatch(path.name) is not None
 
 
