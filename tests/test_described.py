@@ -70,6 +70,7 @@ def test_fixed_options_and_a_label_by_index_or_text(tmp_path, topic):
     task, found = example(tmp_path, FIXED, {"title": "Song", "year": 1999, "topic": topic})
     assert found == Example("Song (1999) is about", (" sport", " the arts"), 1)
     assert (task.name, task.loss, task.metric) == ("headlines", "options", "accuracy")
+    assert get_task(tmp_path / "task.yaml").name == "headlines"
 
 
 def test_options_of_the_row(tmp_path):

@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dlzo.errors import UserError
 from dlzo.generation import generate
+from dlzo.probe import calibration_tokens
 from dlzo.scoring import Scorer
 from dlzo.scoring.encoding import check_tokenizer, encode
+from dlzo.tasks import Example
 from rows import EXAMPLES
-from tiny import tiny_model
+from tiny import byte_tokenizer, tiny_model
 
 TEXTS = [
     *(files("dlzo") / "data" / "calibration.txt").read_text().split("\n"),
@@ -149,3 +151,18 @@ def test_where_a_has_no_token_nothing_stands_behind_it():
         return SimpleNamespace(input_ids=[1] if add_special_tokens else [])
 
     check_tokenizer(tokenizer)
+
+
+def test_a_tokenizer_of_another_model_is_named() -> None:
+    model = tiny_model()
+    tokenizer = byte_tokenizer(*(f"word{i}" for i in range(8)))
+    message = r"gives 'word7' the id 263 and the model has 260 tokens"
+    scorer = Scorer(model, tokenizer)
+    scorer.encode([Example("It was", (" a word3",), 0)])
+    for example in (Example("word7 was", (" a",), 0), Example("It was", (" a word7",), 0)):
+        with pytest.raises(UserError, match=message):
+            scorer.encode([example])
+    with pytest.raises(UserError, match=message):
+        generate(model, tokenizer, ["It", "was word7"])
+    with pytest.raises(UserError, match=message):
+        calibration_tokens(model, tokenizer, ["It", "was word7"])

@@ -140,6 +140,9 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    scorer = cached_scorer(PrefixCache(0, tmp_path / "file"))
+    with pytest.raises(UserError, match=r"prefix cache .* cannot be written"):
+        PrefixCache(0, tmp_path / "file")
+    scorer = cached_scorer(PrefixCache(0, tmp_path / "gone"))
+    (tmp_path / "gone").rmdir()
     with pytest.raises(UserError, match=r"prefix cache .* cannot be written"):
         scorer.cache_prefixes(scorer.encode(EXAMPLES))

@@ -21,7 +21,7 @@ from dlzo.scoring import PrefixCache, Scorer, norms
 from dlzo.scoring.norms import rms_norms
 from dlzo.tasks import Example
 from dlzo_kernels import rms_norm
-from tiny import CONFIGS, VOCABULARY, byte_tokenizer, random_model, tiny_model
+from tiny import CONFIGS, HYBRIDS, VOCABULARY, byte_tokenizer, random_model, tiny_model
 
 SENTIMENT = (" terrible", " great")
 EXAMPLES = [
@@ -217,6 +217,22 @@ def test_weights_shared_with_another_layer_move_there_too():
         with state():
             expected.append(plain_loss(model, tokenizer, EXAMPLES))
     assert scorer.losses(plan, states) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_hybrid_of_several_classes_of_layers(family):
+    model, tokenizer = random_model(HYBRIDS[family]()), byte_tokenizer()
+    layer = decoder_layers(model)[1]
+    scorer = Scorer(model, tokenizer, layer, cache=PrefixCache(1 << 20))
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    states, expected = Shift(layer, 1 / 64).states, []
+    for state in states:
+        with state():
+            expected.append(plain_loss(model, tokenizer, EXAMPLES))
+    losses = scorer.losses(scorer.plan(batch), states)
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-4
 
 
 @pytest.mark.parametrize("window", [None, 8])

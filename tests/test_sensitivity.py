@@ -173,6 +173,13 @@ def test_bad_settings_are_named(
         sensitivity(tiny_model(), tokenizer, "sst2", data, **{**SETTINGS, **settings})
 
 
+def test_a_frozen_layer_is_named(data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model()
+    decoder_layers(model)[1].requires_grad_(False)
+    with pytest.raises(UserError, match="all of it is frozen"):
+        sensitivity(model, tokenizer, "sst2", data, layers=[1], **SETTINGS)
+
+
 def test_plot(tmp_path: Path) -> None:
     layers = [
         LayerSensitivity(i, 1.0 + i, 0.5, [1e-3 * (j + 1) for j in range(4 - i)]) for i in (1, 3)

@@ -10,15 +10,18 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    JambaConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OlmoHybridConfig,
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Zamba2Config,
 )
 
 VOCABULARY = 260
@@ -69,6 +72,28 @@ CONFIGS = {
     # Its attention has biases by distance and takes no function from outside.
     "bloom": lambda: BloomConfig(
         **_COMMON, hidden_size=32, n_layer=4, n_head=4, initializer_range=0.2
+    ),
+}
+# Their decoder layers are of two classes; in Zamba 2, several share their attention.
+_HYBRID = {**_COMMON, **{k: v for k, v in _LLAMA.items() if k != "head_dim"}}
+HYBRIDS = {
+    "jamba": lambda: JambaConfig(
+        **_HYBRID, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4
+    ),
+    "olmo_hybrid": lambda: OlmoHybridConfig(
+        **_HYBRID,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+    "zamba2": lambda: Zamba2Config(
+        **_HYBRID,
+        mamba_ngroups=1,
+        n_mamba_heads=8,
+        hybrid_layer_ids=[1, 3],
+        layers_block_type=["mamba", "hybrid"] * 2,
     ),
 }
 

@@ -27,6 +27,7 @@ from dlzo.config import MAX_RANK
 from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file
 from dlzo.lora import NAME, Lora
+from dlzo.models import dtype_name
 from dlzo.target import Target
 
 FORMAT = "dlzo-layer"
@@ -36,11 +37,6 @@ PEFT_FILE = "adapter_config.json"
 # As PEFT names the tensors of its adapters.
 PREFIX = "base_model.model."
 _FIELDS = {"base_model": str, "base_fingerprint": str, "dtype": str, "layers": list, "part": str}
-
-
-def dtype_name(model: PreTrainedModel) -> str:
-    """The name of the model's dtype, such as "bfloat16"."""
-    return str(model.dtype).removeprefix("torch.")
 
 
 def save_adapter(
@@ -67,7 +63,7 @@ def save_adapter(
         "layers": target.layers,
         "part": target.part,
         "channels": list(target.channels) or "all",
-        "dtype": dtype_name(target.model),
+        "dtype": dtype_name(target.model.dtype),
     }
     if target.lora is not None and target.adapters is not None:
         config["lora"] = asdict(target.lora)
@@ -101,7 +97,7 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
     """
     path = _find(path_or_hub_id)
     config, tensors = _read(path)
-    dtype = dtype_name(model)
+    dtype = dtype_name(model.dtype)
     if config["dtype"] != dtype:
         raise UserError(
             f"adapter {str(path)!r} is for a {config['dtype']} model and this one is {dtype}: "

@@ -32,7 +32,7 @@ class Evaluation(TypedDict, total=False):
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: str,
+    task: str | Path,
     data_dir: str | Path,
     split: Split = "test",
 ) -> Evaluation:

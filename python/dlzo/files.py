@@ -56,8 +56,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_partial_files(folder: Path) -> None:
     """Removes what a killed `replace_file` may have left; nobody else writes to the folder."""
-    for partial in folder.glob(".*.partial-*"):
-        partial.unlink()
+    for path in folder.iterdir():
+        if PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 class GrowingFile:

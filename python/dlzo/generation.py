@@ -7,7 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dlzo.errors import UserError
 from dlzo.products import fast_products
-from dlzo.scoring import check_tokenizer, max_length, truncate
+from dlzo.scoring import check_ids, check_tokenizer, max_length, truncate
 
 BATCH_TOKENS = 4096
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -48,7 +48,7 @@ def generate(
 
     Raises:
         UserError: a prompt is empty, the context has no room for a prompt and an answer, or the
-            tokenizer puts a token behind each text.
+            tokenizer puts a token behind each text, or is of another model.
     """
     check_tokenizer(tokenizer)
     length = max_length(model) - max_new_tokens
@@ -62,6 +62,7 @@ def generate(
     ]
     if [] in encoded:
         raise UserError(f"prompt {encoded.index([])} is empty: give at least one token")
+    check_ids(model, tokenizer, chain(*encoded))
     ends = _end_tokens(model, tokenizer)
     config = GenerationConfig(
         do_sample=False,

@@ -60,6 +60,11 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What `parse_dtype` takes, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_device(name: str) -> torch.device:
     """The torch device called `name`: cpu, cuda (of ROCm too), or cuda:1 for the second GPU.
 
@@ -85,7 +90,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a model, layer 0 first.
 
     They are found by structure: the outermost ModuleList of the text decoder that holds
-    `num_hidden_layers` blocks of one class.
+    `num_hidden_layers` blocks, of one class or, in a hybrid, each made of further modules.
 
     Raises:
         UserError: the model has no such list.
@@ -94,12 +99,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.get_decoder().modules():
         if not isinstance(module, nn.ModuleList) or len(module) != count:
             continue
-        if len({type(block) for block in module}) == 1:
+        if len({type(block) for block in module}) == 1 or all(map(_is_composed, module)):
             return module
     raise UserError(
-        f"{type(model).__name__} has no list of {count} decoder layers of one class (hybrids of "
-        "several classes are not supported): choose another model"
+        f"{type(model).__name__} has no list of {count} decoder layers: choose another model"
     )
+
+
+def _is_composed(block: nn.Module) -> bool:
+    return any(True for _ in block.children())
 
 
 def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
@@ -306,7 +314,7 @@ def _out_of_memory(
     need = sum(parameter.nbytes for parameter in shell.parameters()) / 2**30
     return UserError(
         f"model {name!r} does not fit into memory: its weights need {need:.1f} GiB in "
-        f"{str(dtype).removeprefix('torch.')}: choose bfloat16 or a smaller model"
+        f"{dtype_name(dtype)}: choose bfloat16 or a smaller model"
     )
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import fmean, median
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.activations import Activations, Site, run
 from dlzo.calibration import calibration_texts
 from dlzo.errors import UserError
+from dlzo.scoring import check_ids
 from dlzo.sites import Sites, find_sites
 
 Verdict = Literal["dominant", "ambiguous", "gradual", "none"]
@@ -388,7 +389,7 @@ def calibration_tokens(
     """The first tokens of texts, of the built-in ones if None: what the probe reads.
 
     Raises:
-        UserError: no text has a token.
+        UserError: no text has a token, or the tokenizer is of another model.
     """
     texts = calibration_texts() if texts is None else texts
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTHS[-1])
@@ -396,6 +397,7 @@ def calibration_tokens(
     encoded = [ids for ids in encoded if ids]
     if not encoded:
         raise UserError("the calibration texts hold no token: give texts with words in them")
+    check_ids(model, tokenizer, chain(*encoded))
     return encoded
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dlzo.adapter import WEIGHTS_FILE, dtype_name, save_adapter
+from dlzo.adapter import WEIGHTS_FILE, save_adapter
 from dlzo.channels import chosen_channels
 from dlzo.errors import UserError
 from dlzo.journal import Reader
 from dlzo.lora import Lora
+from dlzo.models import dtype_name
 from dlzo.records import Header, Parameter
 from dlzo.rule import rank_in, rule_in
 from dlzo.target import Target
@@ -75,12 +76,10 @@ def base_fields(target: Target) -> dict[str, Any]:
     model = target.model
     return {
         "noise_version": NOISE_VERSION,
-        "dtype": dtype_name(model),
+        "dtype": dtype_name(model.dtype),
         "layers": target.layers,
         "parameters": tuple(
-            Parameter(
-                name, str(p.dtype).removeprefix("torch."), tuple(p.shape), target.stream(name)
-            )
+            Parameter(name, dtype_name(p.dtype), tuple(p.shape), target.stream(name))
             for name, p in target.parameters.items()
             if p.requires_grad
         ),

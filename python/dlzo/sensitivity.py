@@ -24,15 +24,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.adapter import dtype_name
 from dlzo.config import check_eps
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers, sole_use
+from dlzo.models import decoder_layers, dtype_name, sole_use
 from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.scoring.layout import Pack, pad_rows
 from dlzo.scoring.scorer import ROW_TOKENS
 from dlzo.sites import first_tensor, forward
+from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
 from dlzo_kernels import zo_step
 
@@ -104,7 +104,7 @@ class SensitivityReport:
 def sensitivity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: str,
+    task: str | Path,
     data_dir: str | Path,
     *,
     layers: Sequence[int] | None = None,
@@ -150,8 +150,7 @@ def sensitivity(
     count = len(decoder_layers(model))
     chosen = range(count) if layers is None else layers
     for index in chosen:
-        if not 0 <= index < count:
-            raise UserError(f"layer is {index}: the model has layers 0 to {count - 1}")
+        Target(model, (index,)).check_tunable()
     zs = [step_seed(seed, step) for step in range(1, seeds + 1)]
     found = []
     with sole_use(model):
@@ -173,7 +172,7 @@ def sensitivity(
     return SensitivityReport(
         str(model.name_or_path),
         definition.name,
-        dtype_name(model),
+        dtype_name(model.dtype),
         seeds,
         batches,
         batch_size,

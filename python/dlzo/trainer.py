@@ -18,7 +18,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
-from dlzo.adapter import dtype_name, save_adapter
+from dlzo.adapter import save_adapter
 from dlzo.channels import chosen_channels, outlier_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
@@ -35,7 +35,7 @@ from dlzo.metrics import (
     metrics_text,
     peak_rss_mb,
 )
-from dlzo.models import absolute_name, decoder_layers, sole_use
+from dlzo.models import absolute_name, decoder_layers, dtype_name, sole_use
 from dlzo.probe import probe
 from dlzo.records import Event, Header, Record, Step, encode_header
 from dlzo.replay import base_fields, differences
@@ -118,7 +118,7 @@ def train(
                 untuned = run.evaluate_untuned()
                 settings = {
                     "model": absolute_name(model.name_or_path),
-                    "dtype": dtype_name(model),
+                    "dtype": dtype_name(model.dtype),
                     "device": _device_name(model),
                     "data": str(Path(data_dir).resolve()),
                     "config": asdict(config),
@@ -206,8 +206,8 @@ class _Run:
         found = self._evaluate_test()
         if found["loss"] is None:
             raise UserError(
-                f"the loss of model {self.model.name_or_path!r} in {dtype_name(self.model)} is not "
-                "finite: load it in another dtype"
+                f"the loss of model {self.model.name_or_path!r} in "
+                f"{dtype_name(self.model.dtype)} is not finite: load it in another dtype"
             )
         return found
 
@@ -391,7 +391,7 @@ class _Run:
             eps=config.eps,
             lr=float(config.lr),
             seed=config.seed,
-            dtype=dtype_name(self.model),
+            dtype=dtype_name(self.model.dtype),
             zero_shot=progress.untuned,
             best=progress.best,
             final=progress.final,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,6 +70,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(
             f"the tokenizer puts {tokenizer.convert_ids_to_tokens(tokens[-1])!r} behind each text, "
             "which would be scored and continued in its place: load it with add_eos_token=False"
+        )
+
+
+def check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]
+) -> None:
+    """Raises UserError if the tokenizer gave an id that the model has no embedding for."""
+    size = model.config.get_text_config(decoder=True).vocab_size
+    largest = max(ids, default=0)
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest} "
+            f"and the model has {size} tokens: load the tokenizer that belongs to the model"
         )
 
 

@@ -27,7 +27,11 @@ class PrefixCache:
 
     Args:
         memory_bytes: The most memory for hidden states.
-        folder: Where those beyond it are written, and found again by later runs; None keeps none.
+        folder: Where those beyond it are written, and found again by later runs; made if it is
+            missing; None keeps none.
+
+    Raises:
+        UserError: the folder cannot be made.
     """
 
     def __init__(self, memory_bytes: int, folder: str | Path | None = None) -> None:
@@ -37,6 +41,11 @@ class PrefixCache:
         self._fingerprint = ""
         self._kept: dict[Tokens, Tensor] = {}
         self._files: dict[Tokens, Path] = {}
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._unusable(error) from error
 
     def bind(self, fingerprint: str) -> None:
         """Says which frozen weights the hidden states come from; others' are forgotten."""
@@ -93,13 +102,15 @@ class PrefixCache:
 
     def _write(self, path: Path, hidden: Tensor) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, lambda partial: save_file({"hidden": hidden}, partial))
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"the prefix cache {str(self.folder)!r} cannot be written ({error}): free some "
-                "space or choose another folder"
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            f"the prefix cache {str(self.folder)!r} cannot be written ({error}): free some space "
+            "or choose another folder"
+        )
 
     def _read(self, path: Path) -> Tensor | None:
         try:

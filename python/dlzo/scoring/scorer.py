@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import Any, TypeGuard, get_args
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers, layer_parts
+from dlzo.models import decoder_layers, dtype_name, layer_parts
 from dlzo.products import fast_products, has_kernels
 from dlzo.scoring.attention import (
     CHUNKS,
@@ -26,7 +26,14 @@ from dlzo.scoring.attention import (
     attend_within,
     hides_tokens,
 )
-from dlzo.scoring.encoding import EncodedExample, Option, check_tokenizer, encode, max_length
+from dlzo.scoring.encoding import (
+    EncodedExample,
+    Option,
+    check_ids,
+    check_tokenizer,
+    encode,
+    max_length,
+)
 from dlzo.scoring.forward import (
     ReachedLayerError,
     State,
@@ -191,10 +198,12 @@ class Scorer:
 
         Raises:
             UserError: an option has no token of its own, or leaves none of the prompt; or the
-                tokenizer puts a token behind each text.
+                tokenizer puts a token behind each text, or is of another model.
         """
         check_tokenizer(self.tokenizer)
-        return [encode(self.tokenizer, example, self.max_length) for example in examples]
+        encoded = [encode(self.tokenizer, example, self.max_length) for example in examples]
+        check_ids(self.model, self.tokenizer, _ids(encoded))
+        return encoded
 
     def plan(self, batch: Sequence[EncodedExample]) -> Plan:
         """How the batch will be scored. Sequences in the cache get packs of their own."""
@@ -297,7 +306,7 @@ class Scorer:
             yield f"the last layer's MLP at all positions: {self.mlp_problem}"
         yield f"{len(self._norms)} RMS norms by dlzo_kernels.rms_norm, others as the model has them"
         if self.model.device.type == "cpu" and not has_kernels(self.model.dtype):
-            dtype = str(self.model.dtype).removeprefix("torch.")
+            dtype = dtype_name(self.model.dtype)
             yield f"matrix products in float32: torch has no {dtype} kernels for this processor"
         if self.layer is None:
             return
@@ -640,6 +649,11 @@ def _readouts(batch: Sequence[EncodedExample], packs: Sequence[Pack]) -> Iterato
         row, column = torch.tensor(list(places)).unbind(-1)
         position = torch.tensor([index[row, column] for row, column, _, _ in scored])
         yield _Readout(row, column, position, *torch.tensor(scored)[:, 2:].unbind(-1))
+
+
+def _ids(batch: Iterable[EncodedExample]) -> Iterator[int]:
+    for example in batch:
+        yield from chain(*example.sequences, *(option.targets for option in example.options))
 
 
 def _gold(batch: Sequence[EncodedExample]) -> Tensor:

@@ -24,12 +24,13 @@ def register(task: Task) -> None:
     _registered[task.name] = task
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str | Path) -> Task:
     """The task of a name, or the one that a YAML file describes.
 
     Raises:
         UserError: there is no such task, or the file is not valid.
     """
+    name = str(name)
     if name.endswith(SUFFIXES):
         task = read_task(name)
         if task.name in _OWN:
