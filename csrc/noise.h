@@ -3,7 +3,7 @@
 //   words    Philox4x32-10 (Salmon et al., SC'11), key = seed (low, high),
 //            counter = (block low, block high, stream, query), block = index >> 2
 //   normals  Box-Muller on words (0, 1) and (2, 3); the element takes lane index & 3
-//   error    radius within 1.12 ulp, sine and cosine within 1.1e-7; |z| <= 6.76
+//   error    radius within 1.12 ulp, sine and cosine within 1.1e-7; |z| <= 6.764
 //   bytes    none read; 4 written per element by a float32 fill
 //
 // Only float32 +, -, x, correctly rounded sqrt and integer operations, each rounded on its own:

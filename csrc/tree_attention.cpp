@@ -11,7 +11,7 @@
 //   work     2 (head size + value size) operations and one exp for each pair of query and key
 //
 // The order of sums depends on the ISA, and on the pieces that a path is cut into where others
-// branch off; never on other trees.
+// branch off or lie between; never on trees before or behind.
 #include "kernels.h"
 
 namespace dlzo::DLZO_ISA {

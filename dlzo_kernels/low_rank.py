@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dlzo_kernels.ops.accumulate import check_directions
 from dlzo_kernels.ops.gaussian import gaussian
 from dlzo_kernels.ops.perturb import perturb_layer
 from dlzo_kernels.step import (
+    _LARGEST_NORMAL,
     Layer,
     Loss,
     StepResult,
@@ -68,11 +70,15 @@ class LowRankStep(ZOStep):
         super().__init__(layer, seed, eps, lr, **options)
         self._u_seed, self._v_seed, self._rank = seed, v_seed, rank
         self._matrices, self._others = _split(self._tuned, rank)
+        # An element of z is a sum of `rank` products of two normals, and the update divides by it.
+        self._most /= _LARGEST_NORMAL
 
     def _perturb(self, scale: float, direction: int) -> None:
         for t in self._matrices:
-            for rows, z in _directions(t, self._u_seed, self._v_seed, self._rank, direction):
-                t.live.detach()[rows].copy_(t.entry.master[rows] + z.mul_(scale))
+            # Outside the mode, torch writes no tensor that was made in it.
+            with torch.inference_mode() if t.live.is_inference() else nullcontext():
+                for rows, z in _directions(t, self._u_seed, self._v_seed, self._rank, direction):
+                    t.live.detach()[rows].copy_(t.entry.master[rows] + z.mul_(scale))
         if self._others:
             perturb_layer([t.operand for t in self._others], self._seed, scale, direction)
 
@@ -89,6 +95,8 @@ def low_rank_replay(
     layer: Layer, seed: int, v_seed: int, rank: int, scales: Sequence[float], *, keep: float = 1.0
 ) -> None:
     """Moves a layer by one LowRankStep: bit-equal to its update.
+
+    A step that was not applied, or whose scales are all zero, moved nothing: leave it out.
 
     Args:
         layer: as in `zo_step`, with the weights that the step started from.
@@ -114,6 +122,7 @@ def low_rank_replay(
 
 def _split(tuned: Sequence[_Tuned], rank: int) -> tuple[list[_Tuned], list[_Tuned]]:
     """Matrices and others."""
+    check_range("rank", rank, 1 << 32)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
     matrices = [t for t in tuned if t.live.dim() == 2]
@@ -143,6 +152,7 @@ def _move(
         for query, scale in enumerate(scales):
             for rows, z in _directions(t, seed, v_seed, rank, query):
                 t.entry.master[rows].add_(z.mul_(scale / rank))
+        t.entry.moves += 1
     _accumulate(matrices, [], [], [])
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
-from typing import TypedDict, overload
+from typing import Any, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ Loss = float | Tensor
 
 # Elements compared at a time, the step's only scratch memory; a GPU waits after each.
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+# Whose order says nothing, or whose items are no tensors.
+_NO_LAYER = (str, bytes, dict, set, frozenset)
 _LARGEST_NORMAL = 6.77  # of noise v1: sqrt(-2 ln 2^-33) is 6.764
 
 
@@ -191,13 +193,14 @@ class ZOStep:
         if directions < 1:
             raise ValueError(f"directions must be at least 1, not {directions}")
         _check_rates(lr, weight_decay)
-        self._seed, self._eps, self._lr, self._directions = seed, eps, lr, directions
-        self._weight_decay = weight_decay
+        # Of numpy or torch they would make the losses' differences theirs.
+        self._seed, self._eps, self._lr, self._directions = seed, float(eps), float(lr), directions
+        self._weight_decay = float(weight_decay)
         self._tuned = _adopted(layer)
         self._operands = [t.operand for t in self._tuned]
         for operand in self._operands:
             check_device_numbers("seed", seed, torch.int64, 1, operand.out.device)
-        # Moves of a weight beyond its dtype are not made.
+        # A move that is beyond the dtype by itself is not made.
         self._most = min(torch.finfo(o.out.dtype).max for o in self._operands) / _LARGEST_NORMAL
         self._taken = False
 
@@ -227,13 +230,13 @@ class ZOStep:
             loss_plus: at master + eps z.
             loss_minus: at master - eps z.
             max_loss: a loss above it leaves the weights as they were, as one that is not finite or
-                that would move a weight beyond the range of its dtype.
+                whose move is by itself beyond the range of the weights' dtype.
             lr: in place of the step's own, where it depends on the losses.
 
         Raises:
-            ValueError: not one loss per direction, or lr is out of range.
-            RuntimeError: the step was taken already, or the layer is perturbed or was written (by
-                way of `.data` nobody sees it).
+            ValueError: not one loss per direction, or lr or max_loss is out of range.
+            RuntimeError: the step was taken already, or the layer is perturbed or was written, by
+                another step too (by way of `.data` nobody sees it).
         """
         if self._taken:
             raise RuntimeError("this step was taken already; make another with zo_step")
@@ -244,9 +247,11 @@ class ZOStep:
                 f"{len(plus)} and {len(minus)} losses for {self._directions} directions: "
                 "give one of each per direction"
             )
+        if math.isnan(max_loss):
+            raise ValueError("max_loss is nan; give a number, or none")
         if lr is not None:
             _check_rates(lr, self._weight_decay)
-            self._lr = lr
+            self._lr = float(lr)
         self._taken = True
         with _Held():
             return self._finish(plus, minus, max_loss)
@@ -284,17 +289,18 @@ class ZOStep:
 
     def _refuse_if_touched(self) -> None:
         for t, operand in zip(self._tuned, self._operands, strict=True):
-            if t.entry.perturbed:
+            if t.entry.perturbed is not None:
                 raise _is_perturbed(t.name)
+            moved = t.entry.was_written(t.live) or t.entry.moves != t.moves
             # By `w.data = ...` a tensor gets other memory.
-            if t.entry.was_written(t.live) or t.live.data_ptr() != operand.out.data_ptr():
+            if moved or t.live.data_ptr() != operand.out.data_ptr():
                 raise RuntimeError(
                     f"{t.name} was written since the step was opened; make another with zo_step"
                 )
 
     def _write(self, scale: float, direction: int) -> None:
         for t in self._tuned:
-            t.entry.perturbed = True
+            t.entry.perturbed = t.live
         self._perturb(scale, direction)
 
     def _perturb(self, scale: float, direction: int) -> None:
@@ -317,8 +323,9 @@ class ZOStep:
     def _finish_here(self, plus: list[float], minus: list[float], max_loss: float) -> StepResult:
         grads = [(p - m) / (2 * self._eps) for p, m in zip(plus, minus, strict=True)]
         scales = update_scales(self._lr, grads)
-        applied = all(math.isfinite(loss) and loss <= max_loss for loss in (*plus, *minus)) and all(
-            abs(scale) < self._most for scale in scales
+        applied = (
+            all(math.isfinite(loss) and loss <= max_loss for loss in (*plus, *minus))
+            and sum(map(abs, scales)) < self._most
         )
         # A product of zero and z could still turn -0.0 into 0.0.
         if applied and any(scales):
@@ -337,7 +344,7 @@ class ZOStep:
         twice_eps = torch.full((), 2 * self._eps, dtype=torch.float64, device=device)
         grads = (losses[0] - losses[1]) / twice_eps
         scales = grads * (-self._lr / self._directions)
-        moves = (scales.abs() < self._most).all()
+        moves = scales.abs().sum() < self._most
         applied = (losses.isfinite() & (losses <= max_loss)).all() & moves
         gate = (applied & (scales != 0).any()).int()
         keep: float | Tensor = 1.0
@@ -402,7 +409,7 @@ def check_keep(keep: float) -> None:
 def _check_rates(lr: float, weight_decay: float) -> None:
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr must be finite and >= 0, not {lr}")
-    if not 0 <= lr * weight_decay < 1:
+    if not (0 <= weight_decay < math.inf and lr * weight_decay < 1):
         raise ValueError(
             f"weight_decay must be >= 0, and below 1 when multiplied by lr, not {weight_decay}"
         )
@@ -424,6 +431,7 @@ def _accumulate(
                 t.entry.master.mul_(keep)
     accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
     for t in tuned:
+        t.entry.moves += len(scales) > 0
         t.entry.release(t.live)
 
 
@@ -434,18 +442,17 @@ class _Entry:
         self.storage = StorageWeakRef(live.untyped_storage())
         with torch.inference_mode(False):  # it outlives the mode
             self.master = torch.empty(live.shape, dtype=torch.float32, device=live.device)
-        self.perturbed = False
-        self.seen: weakref.ref[Tensor] = weakref.ref(live)
-        self.version = _version(live)
+        self.moves = 0  # of the master
+        self.release(live)
 
     def release(self, live: Tensor) -> None:
-        """Notes that the live weights are those of the master again."""
-        self.perturbed = False
-        self.seen, self.version = weakref.ref(live), _version(live)
+        """Notes that the live weights are those of the master."""
+        self.perturbed: Tensor | None = None  # the live weights, while they are not the master's
+        self.seen, self.version = weakref.ref(_counted(live)), _version(live)
 
     def was_written(self, live: Tensor) -> bool:
-        """Whether somebody else wrote this very tensor since the last release, by autograd."""
-        return self.seen() is live and self.version != _version(live)
+        """Whether somebody else wrote what was released last, by autograd."""
+        return self.seen() is _counted(live) and self.version != _version(live)
 
     def speaks_for(self, live: Tensor) -> bool:
         """Whether the live weights are those of the master."""
@@ -469,38 +476,55 @@ class _Tuned:
     live: Tensor
     numbering: _Numbering
     entry: _Entry
+    moves: int  # of the master so far
 
     @property
     def operand(self) -> Operand:
         return Operand(self.live.detach(), self.entry.master, **self.numbering)
 
 
-_Key = tuple[object, ...]  # storage, offset, shape, strides and dtype
+class _Key(NamedTuple):
+    """Which memory is tuned, and how it is seen."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# Threads meet in it, so it is read by way of lists. A signal could leave a lock locked.
 _entries: dict[_Key, _Entry] = {}
 
 
 def _adopted(layer: Layer) -> list[_Tuned]:
     """What is tuned, with its masters."""
-    for stale in [key for key, entry in _entries.items() if entry.storage.expired()]:
-        del _entries[stale]
+    for key, entry in list(_entries.items()):
+        if entry.storage.expired():
+            _entries.pop(key, None)
     collected = _collect(layer)
-    perturbed = [live for e in _entries.values() if e.perturbed and (live := e.seen()) is not None]
+    others = [live for e in list(_entries.values()) if (live := e.perturbed) is not None]
     for name, live, _ in collected:
-        for other in perturbed:
+        for other in others:
             if live.device == other.device and live.numel() and overlap(live, other):
                 raise _is_perturbed(name)
-    return [_Tuned(name, live, where, _adopt(name, live)) for name, live, where in collected]
+    return [_tuned(name, live, numbering) for name, live, numbering in collected]
 
 
 def _is_perturbed(name: str) -> RuntimeError:
     return RuntimeError(f"{name} is perturbed by an open step; leave that first")
 
 
+def _tuned(name: str, live: Tensor, numbering: _Numbering) -> _Tuned:
+    entry = _adopt(name, live)
+    return _Tuned(name, live, numbering, entry, entry.moves)
+
+
 def _adopt(name: str, live: Tensor) -> _Entry:
     """The master of a parameter: the one of the step before, where that still holds."""
-    key = (
+    key = _Key(
         StorageWeakRef(live.untyped_storage()).cdata,
-        live.storage_offset(),
+        int(live.storage_offset()),
         live.shape,
         live.stride(),
         live.dtype,
@@ -511,8 +535,22 @@ def _adopt(name: str, live: Tensor) -> _Entry:
         for whole, part in _chunks(live, entry.master):
             if not part.copy_(whole).isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite; repair it first")
+        _forget_overlapping(live, key)
         _entries[key] = entry
+    entry.release(live)
     return entry
+
+
+def _forget_overlapping(live: Tensor, key: _Key) -> None:
+    """Other views of this memory need masters no more: once it moves they speak for nothing."""
+    for other, entry in list(_entries.items()):
+        if other.storage != key.storage or other == key or entry.perturbed is not None:
+            continue
+        view = live.detach()
+        if other.dtype == key.dtype:
+            view = view.as_strided(other.shape, other.stride, other.offset)
+        if live.numel() and overlap(live, view):
+            _entries.pop(other, None)
 
 
 def _collect(layer: Layer) -> list[tuple[str, Tensor, _Numbering]]:
@@ -555,7 +593,7 @@ def _named_tensors(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
     elif isinstance(layer, nn.Module):
         for name, parameter in layer.named_parameters():
             yield name, parameter, parameter.requires_grad
-    elif isinstance(layer, Iterable) and not isinstance(layer, str | bytes | dict):
+    elif isinstance(layer, Iterable) and not isinstance(layer, _NO_LAYER):
         for i, part in enumerate(layer):
             if not isinstance(part, Tensor | nn.Module):
                 raise TypeError(
@@ -579,7 +617,8 @@ def _shard(name: str, tensor: Tensor) -> tuple[Tensor, int, int | None]:
         raise ValueError(f"{name} is placed as {tensor.placements}; only shards can be tuned")
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, live = tuple(tensor.shape), tensor.to_local().detach()
+    with torch.no_grad():  # else each call makes another tensor of it
+        shape, live = tuple(tensor.shape), tensor.to_local()
     _, start = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     if len(shape) < 2:
         return live, sum(start), None
@@ -611,6 +650,11 @@ def _chunks(live: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    """What has the tensor's count of writes, and outlives a view that is made anew each time."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _version(tensor: Tensor) -> int:
@@ -664,7 +708,7 @@ class _Held:
         self._is_open = False
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:  # unless user code has set its own
-                signal.signal(number, handler)
+                signal.signal(number, _still_open(number, handler))
         for number in self._late:
             signal.raise_signal(number)
 
@@ -691,6 +735,13 @@ class _Held:
         lifted, self._is_lifted = self._is_lifted, False
         self._handlers[number](number, frame)
         self._is_lifted = lifted
+
+
+def _still_open(number: int, handler: Any) -> Any:
+    """The handler itself, or what is behind it where its block was left before this one."""
+    while isinstance(held := getattr(handler, "__self__", None), _Held) and not held._is_open:
+        handler = held._handlers[number]
+    return handler
 
 
 _SIGNALS = signal.valid_signals()

@@ -168,12 +168,19 @@ def sharded(folder: Path) -> None:
             steps = [zo_step(layer, seed, 1e-2, 1e-2, directions=2) for layer in (whole, shards)]
             with steps[0].minus(1), steps[1].minus(1):
                 assert_equal(whole, shards)
+                with pytest.raises(RuntimeError, match="perturbed by an open step"):
+                    zo_step(shards, seed, 1e-2, 1e-2)
             for step in steps:
                 assert step.update((0.5, 0.7), (0.4, 0.9)).applied
             assert_equal(whole, shards)
         for layer in (whole, shards):
             zo_replay(layer, [1, 2], [0.1, -0.2], [0, 1])
         assert_equal(whole, shards)
+    placed = distribute_tensor(torch.ones(6, 6), mesh, [Shard(0)])
+    step = zo_step(placed, 1, 1e-2, 1e-2)
+    placed.add_(1)
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        step.update(1.0, 0.5)
     with pytest.raises(ValueError, match="low-rank directions need plain"):
         LowRankStep(distribute_tensor(torch.ones(6, 6), mesh, [Shard(0)]), **low_rank)
     for placement, says in ((Shard(1), "middle dimension"), (Partial(), "only shards")):

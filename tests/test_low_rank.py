@@ -117,13 +117,26 @@ def test_bad_numbers_are_refused():
         ((-1, 0, 1, [0.1]), "seed must be"),
         ((0, -1, 1, [0.1]), "v_seed must be"),
         ((0, 0, 1, [math.nan]), "scale must be finite"),
+        ((0, 0, 2.0, [0.1]), r"rank must be an integer, not 2\.0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             low_rank_replay(layer, *numbers)
     with pytest.raises(ValueError, match="keep must be"):
         low_rank_replay(layer, 0, 0, 1, [0.1], keep=math.nan)
     for now, then in zip(copies(layer), before, strict=True):
         assert_same_bits(now, then)
+
+
+def test_weights_made_in_inference_mode():
+    w = torch.ones(6, 5)
+    with torch.inference_mode():
+        made = torch.ones(6, 5)
+    for at in (w, made):
+        step = LowRankStep(at, 1, 1e-2, 1e-1, rank=2, v_seed=3)
+        with step.plus():
+            assert (at != 1).any()
+        step.update(1.0, 0.5)
+    assert_same_bits(w, made)
 
 
 def test_a_step_is_taken_once():

@@ -300,8 +300,12 @@ def test_parts_are_told_apart_by_what_they_take():
             return super().forward(hidden)
 
     layer = nn.Module()
-    layer.feed_forward, layer.mamba, layer.attention = nn.Linear(2, 2), Mixer(2, 2), Mixer(2, 2)
+    layer.feed_forward = nn.Sequential(nn.Linear(2, 2))
+    layer.mamba, layer.attention = Mixer(2, 2), Mixer(2, 2)
     assert layer_parts(layer) == {"attention": ["mamba", "attention"], "mlp": ["feed_forward"]}
     layer = nn.Module()  # where that does not tell, the first
     layer.mixer, layer.fc1, layer.fc2 = (nn.Linear(2, 2) for _ in range(3))
     assert layer_parts(layer) == {"attention": ["mixer"], "mlp": ["fc1", "fc2"]}
+    del layer.fc2  # one matrix is no MLP
+    with pytest.raises(UserError, match="told apart"):
+        layer_parts(layer)

@@ -235,6 +235,37 @@ def test_a_hybrid_of_several_classes_of_layers(family):
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_mixes_tokens_after_the_last_mlp_is_noticed(dtype, monkeypatch):
+    model = tiny_model("llama", dtype)
+    layer = model.model.layers[-1]
+    forward = layer.forward
+
+    def mixed(*args, **kwargs):
+        hidden = forward(*args, **kwargs)
+        # So little that in 16 bits it could pass for rounding.
+        return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1] / 64
+
+    monkeypatch.setattr(layer, "forward", mixed)
+    assert Scorer(model, byte_tokenizer()).mlp_problem is not None
+
+
+def test_what_lies_below_is_keyed_by_weights_that_layers_above_share(tmp_path):
+    model, tokenizer = random_model(HYBRIDS["zamba2"]()), byte_tokenizer()
+    losses = []
+    for shift in (0.0, 0.1):
+        with torch.no_grad():
+            for parameter in decoder_layers(model)[1].shared_transformer.parameters():
+                parameter.add_(shift * torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        for cache in (PrefixCache(0, tmp_path), None):
+            scorer = Scorer(model, tokenizer, decoder_layers(model)[2], cache=cache)
+            batch = scorer.encode(EXAMPLES)
+            scorer.cache_prefixes(batch)
+            losses.append(scorer.losses(scorer.plan(batch))[0])
+    assert losses[::2] == pytest.approx(losses[1::2], abs=1e-5)
+    assert abs(losses[0] - losses[2]) > 1e-3
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_mixture_of_experts_is_packed_unless_it_windows_by_a_mask(window):
     config = Qwen2MoeConfig(

@@ -173,6 +173,24 @@ def test_bad_settings_are_named(
         sensitivity(tiny_model(), tokenizer, "sst2", data, **{**SETTINGS, **settings})
 
 
+def test_weights_shared_with_another_layer_move_there_too(
+    data: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    signals = []
+    for shared in (False, True):
+        model = tiny_model()
+        layers = decoder_layers(model)
+        if shared:
+            layers[3].mlp = layers[1].mlp
+        else:
+            layers[3].mlp.load_state_dict(layers[1].mlp.state_dict())
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        (found,) = sensitivity(model, tokenizer, "sst2", data, layers=[1], **SETTINGS).layers
+        signals.append(found.signal)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert abs(signals[1] / signals[0] - 1) > 1e-3
+
+
 def test_a_frozen_layer_is_named(data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = tiny_model()
     decoder_layers(model)[1].requires_grad_(False)

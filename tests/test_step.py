@@ -11,13 +11,14 @@ import threading
 import tracemalloc
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bits import assert_same_bits, bits
-from dlzo_kernels import gaussian, update_scales, zo_replay, zo_step
+from dlzo_kernels import LowRankStep, gaussian, update_scales, zo_replay, zo_step
 from dlzo_kernels.step import _entries
 
 
@@ -368,6 +369,84 @@ def test_views_and_data_keep_their_master():
     assert (twin != 1).any()
 
 
+ALIASES = [lambda w: w[:], lambda w: w.data, lambda w: w.detach()]
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_step_on_an_alias_is_seen_by_others(alias):
+    w = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    zo_step(alias(w), 0, 1e-1, 0.0, closure=lambda: 0.0)
+    perturbed = zo_step(alias(w), 1, 1e-1, 1e-3).plus()
+    with perturbed, pytest.raises(RuntimeError, match="perturbed by an open step"):
+        zo_step(w, 2, 1e-1, 1e-3)
+    step = zo_step(w, 1, 1e-1, 1e-3)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        step.update(1.0, 0.5)
+    assert torch.equal(w, torch.full_like(w, 2.0))
+
+
+def test_weights_put_back_beneath_a_view_forget_the_hidden_digits():
+    ends = []
+    w = torch.ones(64, dtype=torch.bfloat16)
+    for _ in range(2):
+        w.fill_(1.0)
+        for seed in range(10):
+            zo_step(w[:], seed, 1e-1, 2e-4).update(1.1, 1.0)
+        ends.append(w.clone())
+    assert_same_bits(*ends)
+
+
+def test_of_two_steps_opened_on_the_same_weights_one_is_taken():
+    w = torch.ones(8)
+    first, second = (zo_step(at, seed, 1e-1, 1.0) for seed, at in ((1, w), (2, w[:])))
+    with first.plus(), pytest.raises(RuntimeError, match="perturbed"):
+        second.update(1.0, 0.5)
+    assert first.update(1.0, 0.5).applied
+    moved = w.clone()
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        second.update(1.0, 0.5)
+    assert_same_bits(w, moved)
+
+
+def test_overlapping_blocks_of_one_tensor_leave_one_master():
+    w, count = torch.ones(4096), len(_entries)
+    zo_step([w[:8], w[16:24]], 0, 1e-3, 1e-3, closure=lambda: 0.0)
+    for start in range(50):
+        zo_step(w[30 + start : 1030 + start], 0, 1e-3, 1e-3, closure=lambda: 0.0)
+    assert len(_entries) <= count + 3
+
+
+def test_steps_in_several_threads_do_not_meet_in_the_masters():
+    kept, errors, interval = [], [], sys.getswitchinterval()
+
+    def work() -> None:
+        try:
+            for seed in range(100):
+                kept.append(torch.ones(4))
+                zo_step(kept[-1], seed, 1e-3, 1e-3, closure=lambda: 0.0)
+        except RuntimeError as error:
+            errors.append(error)
+
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not errors
+
+
+def test_blocks_that_are_left_in_another_order_leave_the_handler_of_signals():
+    own = signal.getsignal(signal.SIGINT)
+    first, second = (zo_step(torch.ones(3), 1, 1e-2, 1e-2).plus() for _ in range(2))
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None), second.__exit__(None, None, None)
+    assert signal.getsignal(signal.SIGINT) is own
+
+
 def test_masters_of_dead_tensors_are_dropped():
     w = torch.randn(64)
     zo_step(w, 1, 1e-3, 1e-3, closure=lambda: 0.0)
@@ -445,6 +524,13 @@ def test_a_move_beyond_the_range_of_the_dtype_is_not_made(dtype, share, applied)
     scale = share * torch.finfo(dtype).max / 6.77  # |z| is 6.764 at most
     assert zo_step(w, 1, 1e-3, 1.0).update(2e-3 * scale, 0.0).applied == applied
     assert w.isfinite().all() and w.any() == applied
+    w = torch.zeros(64, dtype=dtype)
+    step = zo_step(w, 1, 1e-3, 16.0, directions=16)
+    assert step.update([2e-3 * scale / 16] * 16, [0.0] * 16).applied == applied
+    w = torch.zeros(64, 64, dtype=dtype)
+    step = LowRankStep(w, 1, 1e-3, 1.0, rank=2, v_seed=2)
+    assert step.update(2e-3 * scale / 6.77, 0.0).applied == applied
+    assert w.isfinite().all()
 
 
 def test_what_cannot_be_tuned_is_refused_by_name():
@@ -482,8 +568,13 @@ def test_what_cannot_be_tuned_is_refused_by_name():
         zo_step(torch.tensor([1.0, float("nan")]), 1, 1e-3, 1e-3)
     with pytest.raises(TypeError, match="item 1 of the layer is a str"):
         zo_step([w, "weight"], 1, 1e-3, 1e-3)
-    with pytest.raises(TypeError, match="layer is a int"):
-        zo_step(3, 1, 1e-3, 1e-3)
+    for layer, kind in ((3, "int"), ({w, torch.ones(3)}, "set")):
+        with pytest.raises(TypeError, match=f"layer is a {kind}"):
+            zo_step(layer, 1, 1e-3, 1e-3)
+    blocks = torch.zeros(4, 3, 8)
+    zo_step([blocks[..., :4], blocks[..., 4:]], 1, 1e-3, 1e-3)
+    with pytest.raises(ValueError, match="share memory"):
+        zo_step([blocks[..., :4], blocks[..., 3:]], 1, 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +597,20 @@ def test_bad_numbers_are_refused(numbers, message):
         zo_step(w, 1, 1e-3, 1e-3, directions=0)
     with pytest.raises(TypeError, match=r"directions must be an integer, not 1\.5"):
         zo_step(w, 1, 1e-3, 1e-3, directions=1.5)
+    with pytest.raises(ValueError, match="max_loss is nan"):
+        zo_step(w, 1, 1e-3, 1e-3).update(1.0, 0.0, max_loss=math.nan)
+
+
+def test_numbers_of_numpy_are_numbers():
+    results = []
+    for kind in (float, np.float32):
+        w = torch.ones(30)
+        eps, lr = (kind(np.float32(number)) for number in (1e-3, 3e-4))
+        results.append(zo_step(w, 1, eps, lr).update(1.25, 1.0))
+        assert type(results[-1].projected_grad) is float
+    assert results[0] == results[1]
+    with pytest.raises(ValueError, match=r"offset .* numbers elements beyond"):
+        gaussian((8,), 0, offset=np.uint64(2**64 - 4))
 
 
 def test_steps_do_not_nest_and_are_taken_once():
@@ -728,6 +833,8 @@ def test_weight_decay_is_replayed_and_does_not_touch_a_step_that_moves_nothing(d
 def test_weight_decay_out_of_range_is_refused(weight_decay):
     with pytest.raises(ValueError, match="weight_decay must be"):
         zo_step(torch.ones(3, 3), 1, 1e-2, 1e-2, weight_decay=weight_decay)
+    with pytest.raises(ValueError, match="weight_decay must be"):
+        zo_step(torch.ones(3, 3), 1, 1e-2, 0.0, weight_decay=-5.0)
 
 
 def test_a_seed_in_memory_is_the_same_as_the_number():

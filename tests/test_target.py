@@ -21,7 +21,7 @@ from dlzo.target import Target, describe
 from dlzo.trainer import resume, train
 from fuzz import parts_of, sealed
 from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, HYBRIDS, random_model, tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
 LAYERS = "model.layers."
@@ -202,3 +202,13 @@ def test_it_is_described():
     assert describe({"layers": [11], "method": "lora"}) == "LoRA on layer 11"
     assert describe({"layers": [], "method": "lora"}) == "LoRA on all layers"
     assert describe({"layers": [11], "channels": [7, 9]}) == "2 channels of layer 11"
+
+
+def test_parts_that_cannot_be_told_apart_are_refused() -> None:
+    model = random_model(HYBRIDS["zamba2"]())
+    for part in ("attention", "mlp"):
+        for channels in ((), (3,)):
+            with pytest.raises(UserError, match=r"told apart|no single matrix"):
+                Target(model, (1,), part, channels=channels)
+    with pytest.raises(UserError, match=r"no single matrix|told apart"):
+        Target(model, (1,), channels=(3,))

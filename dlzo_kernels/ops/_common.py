@@ -38,14 +38,15 @@ def is_eager(*tensors: Tensor) -> bool:
     )
 
 
-def check_range(name: str, value: int, limit: int) -> None:
-    """Raises ValueError unless 0 <= value < limit (TypeError unless it is an integer)."""
+def check_range(name: str, value: int, limit: int) -> int:
+    """The value as an int; raises ValueError unless 0 <= value < limit, TypeError if it is none."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
     if not 0 <= number < limit:
         raise ValueError(f"{name} must be in [0, 2^{limit.bit_length() - 1}), not {value}")
+    return number
 
 
 def check_noise(
@@ -57,17 +58,17 @@ def check_noise(
     row_stride: int | None,
 ) -> None:
     """Raises ValueError unless the numbers name elements of a logical tensor of noise v1."""
-    if min(shape, default=0) < 0:
+    if any(size < 0 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}; give sizes of 0 or more")
     if not isinstance(seed, Tensor):
         check_range("seed", seed, _U64)
     check_range("stream", stream, _U32)
     check_range("query", query, _U32)
-    check_range("offset", offset, _U64)
+    offset = check_range("offset", offset, _U64)
     if row_stride is None:
         last = math.prod(shape)
     else:
-        check_range("row_stride", row_stride, _U64 >> 1)
+        row_stride = check_range("row_stride", row_stride, _U64 >> 1)
         columns = shape[-1] if len(shape) else 1
         if row_stride < columns:
             raise ValueError(
@@ -156,7 +157,12 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 def _columns(tensor: Tensor) -> tuple[int, int]:
     """Bytes from row to row of a matrix, and of a row, where columns of one are all; else zeros."""
     size = tensor.element_size()
-    dims = sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    dims: list[tuple[int, int]] = []
+    for n, s in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dim: dim[1]):
+        if dims and s == math.prod(dims[-1]):  # goes on where the dimension before it ends
+            dims[-1] = (dims[-1][0], dims[-1][1] * n)
+        elif n > 1:
+            dims.append((s, n))
     if len(dims) == 1:
         return dims[0][0] * size, size
     if len(dims) == 2 and dims[0][0] == 1:

@@ -78,7 +78,7 @@ def gaussian(
         device: where the result lies.
 
     Returns:
-        A contiguous tensor; |z| <= 6.76 in float32.
+        A contiguous tensor; |z| <= 6.764 in float32.
 
     Raises:
         ValueError: a number is out of range, or no kernel can run on a GPU here.

@@ -49,11 +49,12 @@ def tree_attention(
 
     The tokens of a row are those of any number of trees: a token's sequence is itself, its parent,
     the parent's parent and so on. Sequences that share a prefix share its tokens; trees do not see
-    each other, and a token's result has the same bits whatever other trees are in the row, as long
-    as its own is finite. All sums run in float32, over weights that are rounded to the dtype on
-    a GPU, and where the ISA is avx512bf16 to bfloat16; the bits depend on ISA and GPU, but not on
-    the number of threads, nor from one call to the next. Pairs of tokens that do not see each other
-    are left out, on a GPU (a Triton kernel) tile by tile; there is no matrix of all pairs.
+    each other, and a token's result has the same bits whatever other trees lie before or behind
+    its own, as long as its own is finite; trees that lie between each other's tokens are cut into
+    pieces, which take time and memory. All sums run in float32, over weights that are rounded to
+    the dtype on a GPU, and where the ISA is avx512bf16 to bfloat16; the bits depend on ISA and GPU,
+    but not on the number of threads, nor from one call to the next. Pairs of tokens that do not see
+    each other are left out, on a GPU (a Triton kernel) tile by tile; there is no matrix of them.
 
     Args:
         query: float32, bfloat16 or float16, of shape (batch, heads, tokens, head size).
@@ -65,7 +66,7 @@ def tree_attention(
             a batch.
         scale: of the scores; by default 1 / sqrt(head size).
         window: how many tokens of its sequence a token sees, itself among them; by default all.
-        softcap: scores s become softcap * tanh(s / softcap), to within 2^-24 * softcap; by default
+        softcap: scores s become softcap * tanh(s / softcap), to within 2^-22 * softcap; by default
             they stay.
 
     Returns:
@@ -85,7 +86,7 @@ def tree_attention(
             "query, key or value requires a gradient, which tree_attention has not: "
             "call it under torch.no_grad()"
         )
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
+    scale = max((1, *query.shape[-1:])) ** -0.5 if scale is None else scale
     window = _NO_WINDOW if window is None else window
     check_range("window", window, 1 << 63)
     if softcap is not None and not 1e-30 <= softcap <= 1e30:

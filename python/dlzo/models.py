@@ -6,7 +6,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from inspect import signature
 from pathlib import Path
@@ -110,6 +110,17 @@ def _is_composed(block: nn.Module) -> bool:
     return any(True for _ in block.children())
 
 
+def sharing_module(model: nn.Module, layers: Sequence[nn.Module]) -> str | None:
+    """The name of a module outside these layers that holds a parameter of theirs; None if none."""
+    own = {id(p) for layer in layers for p in layer.parameters()}
+    paths = [f"{name}." for name, module in model.named_modules() if module in layers]
+    for name, module in model.named_modules(remove_duplicate=False):
+        outside = not any(f"{name}.".startswith(path) for path in paths)
+        if outside and any(id(p) in own for p in module.parameters(recurse=False)):
+            return name
+    return None
+
+
 def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
     """Names of the children of a decoder layer that are its "attention" and its "mlp".
 
@@ -119,7 +130,7 @@ def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
     first.
 
     Raises:
-        UserError: the layer has fewer than two such children.
+        UserError: the layer has fewer than two such children, or a single matrix for an MLP.
     """
     children = {
         name: child
@@ -130,7 +141,7 @@ def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
     if len(attention) in (0, len(children)):
         attention = list(children)[:1]
     others = [name for name in children if name not in attention]
-    if not others:
+    if not others or (len(others) == 1 and not _is_composed(children[others[0]])):
         raise UserError(
             f"{type(layer).__name__} has no attention and MLP that can be told apart: tune all of "
             "the layer"

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.config import check_eps
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers, dtype_name, sole_use
+from dlzo.models import decoder_layers, dtype_name, sharing_module, sole_use
 from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.scoring.layout import Pack, pad_rows
@@ -158,7 +158,7 @@ def sensitivity(
         drawn = [batch_of(encoded, seed, step, batch_size) for step in range(1, batches + 1)]
         before = _hidden_states(model, drawn[0])
         for index in chosen:
-            with _copied(decoder_layers(model), index) as layer:
+            with _measured(model, index) as layer:
                 scorer = Scorer(model, tokenizer, layer, loss=definition.loss)
                 differences = [_differences(scorer, batch, zs, eps) for batch in drawn]
                 with zo_step(layer, zs[0], eps, 0.0).plus():
@@ -183,9 +183,16 @@ def sensitivity(
 
 
 @contextmanager
-def _copied(layers: nn.ModuleList, index: int) -> Iterator[nn.Module]:
-    """Puts a copy into a layer's place: `zo_step` keeps a float32 master while weights live."""
+def _measured(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
+    """Puts a copy into a layer's place: `zo_step` keeps a float32 master while weights live.
+
+    Of a layer that shares weights with others a copy would not move those: it is measured itself.
+    """
+    layers = decoder_layers(model)
     original = layers[index]
+    if sharing_module(model, [original]) is not None:
+        yield original
+        return
     layers[index] = copy.deepcopy(original)
     try:
         yield layers[index]

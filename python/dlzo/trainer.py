@@ -187,8 +187,6 @@ class _Run:
         cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
         layers = target.decoder_layers
         self.scorer = Scorer(model, tokenizer, layers, loss=task.loss, cache=cache)
-        # Without the cache, as in `evaluate`: the same bits.
-        self.test_scorer = Scorer(model, tokenizer, loss=task.loss)
         self.train_set = self.scorer.encode(task.drawn(examples["train"]))
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]
@@ -313,7 +311,9 @@ class _Run:
         self.step_ms.append(1e3 * (time.perf_counter() - started))
 
     def _evaluate_test(self) -> Evaluation:
-        return judge(self.test_scorer, self.task, self.test_set)
+        # As in `evaluate`, the same bits: what a scorer finds allowed may depend on the weights.
+        scorer = Scorer(self.model, self.scorer.tokenizer, loss=self.task.loss)
+        return judge(scorer, self.task, self.test_set)
 
     def _cache_prefixes(self) -> None:
         """Computes once what the layers below the tuned one make of what this rank will score.

@@ -149,6 +149,7 @@ class FrozenWeights:
         layers = decoder_layers(self._model)
         own = list(layers).index(self._layer)
         above = {id(p) for layer in layers[own:] for p in layer.parameters()}
+        above -= {id(p) for layer in layers[:own] for p in layer.parameters()}
         for name, parameter in self._model.named_parameters():
             if id(parameter) not in above:
                 yield name, parameter

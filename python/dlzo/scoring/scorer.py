@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers, dtype_name, layer_parts
+from dlzo.models import decoder_layers, dtype_name, layer_parts, sharing_module
 from dlzo.products import fast_products, has_kernels
 from dlzo.scoring.attention import (
     CHUNKS,
@@ -495,7 +495,9 @@ class Scorer:
         )
         if self.layer is None:
             return
-        if (shared := self._find_shared_weights()) is not None:
+        if (name := sharing_module(self.model, self.layers)) is not None:
+            # A state would change more of the model than the tuned layers.
+            shared = f"{name} shares weights with a tuned layer"
             self.states_problem, self.cache_problem = shared, shared
             return
         best = _plan(batch, self._lay_out({first, second}))
@@ -526,11 +528,24 @@ class Scorer:
             return str(error)
         if len(names) > 1:
             return f"{type(last).__name__} has it in parts ({', '.join(names)})"
-        self._last_mlp = last.get_submodule(names[0])
+        self._last_mlp = mlp = last.get_submodule(names[0])
         problem = self._problem(plan, (), expected)
+        # In 16 bits what is seen of it elsewhere could pass for rounding.
+        if problem is None and self._sees_elsewhere(mlp, plan):
+            problem = f"{type(last).__name__} mixes tokens after it"
         if problem is not None:
             self._last_mlp = None
         return problem
+
+    def _sees_elsewhere(self, mlp: nn.Module, plan: Plan) -> bool:
+        """Whether the bits depend on the last MLP's output where it is left out."""
+        zeros = self._scores(plan, (), normalised=True)
+
+        def fill(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return torch.where((output == 0).all(-1, keepdim=True), 1, output)
+
+        with mlp.register_forward_hook(fill):
+            return not torch.equal(zeros, self._scores(plan, (), normalised=True))
 
     def _leak(self) -> str | None:
         """Whether a tree sees another one: then its bits change with the other's."""
@@ -546,16 +561,6 @@ class Scorer:
             scores.append(self._scores(_plan(batch, packs), (), True)[0, 0, 1])
         same = torch.equal(*scores)
         return None if same else f"{type(self.model).__name__} lets packed texts see each other"
-
-    def _find_shared_weights(self) -> str | None:
-        """Why a state would change more of the model than the tuned layers; None if it does not."""
-        own = {id(p) for layer in self.layers for p in layer.parameters()}
-        paths = [f"{name}." for name, m in self.model.named_modules() if m in self.layers]
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            outside = not any(f"{name}.".startswith(path) for path in paths)
-            if outside and any(id(p) in own for p in module.parameters(recurse=False)):
-                return f"{name} shares weights with a tuned layer"
-        return None
 
     def _lowest_layer(self) -> nn.Module | None:
         several = len(self.layers) > 1
