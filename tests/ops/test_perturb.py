@@ -203,3 +203,14 @@ def test_inside_torch_compile():
     expected = perturb_(perturb_into(torch.empty(77), base, 9, 0.5, stream=2), 9, -0.5, query=1)
     assert_same_bits(step(got, base, 9, 0.5), expected * 2)
     assert_same_bits(got, expected)
+
+
+@torch.no_grad()
+def test_compiled_once_for_any_length():
+    compiled = torch.compile(
+        lambda w: perturb_(w, 5, 0.5, stream=2), backend="aot_eager", fullgraph=True
+    )
+    for length in (3, 4, 5):
+        w = torch.zeros(length)
+        compiled(w)
+        assert_same_bits(w, perturb_(torch.zeros(length), 5, 0.5, stream=2))

@@ -166,6 +166,7 @@ def test_inputs_are_left_alone():
         (lambda a: a | {"query": a["query"].double()}, TypeError, "query has dtype torch.float64"),
         (lambda a: a | {"key": a["key"].half()}, TypeError, "key has dtype torch.float16"),
         (lambda a: a | {"value": a["value"][0]}, ValueError, "value has shape (2, 6, 8); give"),
+        (lambda a: a | {"query": torch.tensor(1.0)}, ValueError, "query has shape (); give"),
         (lambda a: a | {"key": a["key"][:, :0]}, ValueError, "4 heads of query do not share 0"),
         (lambda a: a | {"query": a["query"][:, :3]}, ValueError, "3 heads of query do not share 2"),
         (lambda a: a | {"value": a["value"][:, :, :5]}, ValueError, "do not fit each other"),
