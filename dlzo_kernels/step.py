@@ -291,7 +291,7 @@ class ZOStep:
         for t, operand in zip(self._tuned, self._operands, strict=True):
             if t.entry.perturbed is not None:
                 raise _is_perturbed(t.name)
-            moved = t.entry.was_written(t.live) or t.entry.moves != t.moves
+            moved = t.entry.was_written(t.given) or t.entry.moves != t.moves
             # By `w.data = ...` a tensor gets other memory.
             if moved or t.live.data_ptr() != operand.out.data_ptr():
                 raise RuntimeError(
@@ -432,7 +432,7 @@ def _accumulate(
     accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
     for t in tuned:
         t.entry.moves += len(scales) > 0
-        t.entry.release(t.live)
+        t.entry.release(t.given)
 
 
 class _Entry:
@@ -445,18 +445,18 @@ class _Entry:
         self.moves = 0  # of the master
         self.release(live)
 
-    def release(self, live: Tensor) -> None:
-        """Notes that the live weights are those of the master."""
+    def release(self, given: Tensor) -> None:
+        """Notes that the live weights, given as such or in a DTensor, are those of the master."""
         self.perturbed: Tensor | None = None  # the live weights, while they are not the master's
-        self.seen, self.version = weakref.ref(_counted(live)), _version(live)
+        self.seen, self.version = weakref.ref(_counted(given)), _version(given)
 
-    def was_written(self, live: Tensor) -> bool:
+    def was_written(self, given: Tensor) -> bool:
         """Whether somebody else wrote what was released last, by autograd."""
-        return self.seen() is _counted(live) and self.version != _version(live)
+        return self.seen() is _counted(given) and self.version != _version(given)
 
     def speaks_for(self, live: Tensor) -> bool:
         """Whether the live weights are those of the master."""
-        return not self.was_written(live) and all(
+        return all(
             torch.equal(_bits(part.to(live.dtype)), _bits(whole))
             for whole, part in _chunks(live, self.master)
         )
@@ -473,6 +473,7 @@ class _Numbering(TypedDict):
 @dataclass(frozen=True)
 class _Tuned:
     name: str
+    given: Tensor  # whose writes autograd counts: a DTensor, or the live weights themselves
     live: Tensor
     numbering: _Numbering
     entry: _Entry
@@ -504,23 +505,23 @@ def _adopted(layer: Layer) -> list[_Tuned]:
             _entries.pop(key, None)
     collected = _collect(layer)
     others = [live for e in list(_entries.values()) if (live := e.perturbed) is not None]
-    for name, live, _ in collected:
+    for name, _, live, _ in collected:
         for other in others:
             if live.device == other.device and live.numel() and overlap(live, other):
                 raise _is_perturbed(name)
-    return [_tuned(name, live, numbering) for name, live, numbering in collected]
+    return [_tuned(*item) for item in collected]
 
 
 def _is_perturbed(name: str) -> RuntimeError:
     return RuntimeError(f"{name} is perturbed by an open step; leave that first")
 
 
-def _tuned(name: str, live: Tensor, numbering: _Numbering) -> _Tuned:
-    entry = _adopt(name, live)
-    return _Tuned(name, live, numbering, entry, entry.moves)
+def _tuned(name: str, given: Tensor, live: Tensor, numbering: _Numbering) -> _Tuned:
+    entry = _adopt(name, given, live)
+    return _Tuned(name, given, live, numbering, entry, entry.moves)
 
 
-def _adopt(name: str, live: Tensor) -> _Entry:
+def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:
     """The master of a parameter: the one of the step before, where that still holds."""
     key = _Key(
         StorageWeakRef(live.untyped_storage()).cdata,
@@ -530,14 +531,14 @@ def _adopt(name: str, live: Tensor) -> _Entry:
         live.dtype,
     )
     entry = _entries.get(key)
-    if entry is None or not entry.speaks_for(live):
+    if entry is None or entry.was_written(given) or not entry.speaks_for(live):
         entry = _Entry(live)
         for whole, part in _chunks(live, entry.master):
             if not part.copy_(whole).isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite; repair it first")
         _forget_overlapping(live, key)
         _entries[key] = entry
-    entry.release(live)
+    entry.release(given)
     return entry
 
 
@@ -553,25 +554,24 @@ def _forget_overlapping(live: Tensor, key: _Key) -> None:
             _entries.pop(other, None)
 
 
-def _collect(layer: Layer) -> list[tuple[str, Tensor, _Numbering]]:
-    """(name, tensor, numbering) of what is tuned; the stream counts frozen parameters too."""
+def _collect(layer: Layer) -> list[tuple[str, Tensor, Tensor, _Numbering]]:
+    """(name, as given, local, numbering) of what is tuned; the stream counts frozen ones too."""
     named: dict[int, tuple[str, Tensor]] = {}
     tuned: set[int] = set()
     for name, tensor, chosen in _named_tensors(layer):
         named.setdefault(id(tensor), (name, tensor))
         if chosen:
             tuned.add(id(tensor))
-    found: list[tuple[str, Tensor, _Numbering]] = []
+    found: list[tuple[str, Tensor, Tensor, _Numbering]] = []
     for stream, (key, (name, tensor)) in enumerate(named.items()):
         local, offset, row_stride = _shard(name, tensor)
         _check_parameter(name, local)
         if key in tuned:
-            found.append(
-                (name, local, _Numbering(stream=stream, offset=offset, row_stride=row_stride))
-            )
+            numbering = _Numbering(stream=stream, offset=offset, row_stride=row_stride)
+            found.append((name, tensor, local, numbering))
     if not found:
         raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
-    _refuse_overlap((name, tensor) for name, tensor, _ in found if tensor.numel())
+    _refuse_overlap((name, local) for name, _, local, _ in found if local.numel())
     return found
 
 
@@ -617,8 +617,7 @@ def _shard(name: str, tensor: Tensor) -> tuple[Tensor, int, int | None]:
         raise ValueError(f"{name} is placed as {tensor.placements}; only shards can be tuned")
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    with torch.no_grad():  # else each call makes another tensor of it
-        shape, live = tuple(tensor.shape), tensor.to_local()
+    shape, live = tuple(tensor.shape), tensor.to_local().detach()
     _, start = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     if len(shape) < 2:
         return live, sum(start), None
