@@ -355,14 +355,15 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
             if row["task"] != task:
                 continue
             points = mean_curve(curves, row, name)
+            # No answers are generated for validation, so some tasks have a loss alone.
+            axes.set_visible(bool(points))
             seconds = [step * row["step_ms"] / 1e3 for step in points]
             colour = f"C{list(CANDIDATES).index(row['method'])}"
             axes.plot(seconds, list(points.values()), "o-", ms=4, c=colour, label=row["method"])
         axes.set(xlabel="seconds of steps, one thread", ylabel=f"validation {name}")
         tidy(axes)
-        if name == "accuracy":
-            axes.set_title(f"{task}, equal steps for all methods", loc="left")
-        else:
+        axes.set_title(f"{task}, equal steps for all methods", loc="left")
+        if name == "loss":
             # Beside the untuned model's: a run that explodes leaves the picture.
             axes.set_ylim(top=1.15 * points[0])
             axes.legend(frameon=False, fontsize=8)
@@ -375,8 +376,10 @@ def mean_curve(
     """Validation accuracy or loss by step of a row of the table, the mean over its seeds."""
     found: dict[int, list[float]] = {}
     for point in curves:
-        if all(point[key] == row[key] for key in ("task", "method", "eps", "lr", "steps")):
-            found.setdefault(int(point["step"]), []).append(float(point[f"validation_{name}"]))
+        value = point[f"validation_{name}"]
+        same = all(point[key] == row[key] for key in ("task", "method", "eps", "lr", "steps"))
+        if same and value:
+            found.setdefault(int(point["step"]), []).append(float(value))
     return {step: mean(values) for step, values in sorted(found.items())}
 
 
