@@ -300,7 +300,7 @@ def test_parts_are_told_apart_by_what_they_take():
             return super().forward(hidden)
 
     layer = nn.Module()
-    layer.feed_forward = nn.Sequential(nn.Linear(2, 2))
+    layer.feed_forward = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     layer.mamba, layer.attention = Mixer(2, 2), Mixer(2, 2)
     assert layer_parts(layer) == {"attention": ["mamba", "attention"], "mlp": ["feed_forward"]}
     layer = nn.Module()  # where that does not tell, the first

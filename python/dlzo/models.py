@@ -130,7 +130,7 @@ def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
     first.
 
     Raises:
-        UserError: the layer has fewer than two such children, or a single matrix for an MLP.
+        UserError: the layer has fewer than two such children, or one matrix for an MLP.
     """
     children = {
         name: child
@@ -141,7 +141,7 @@ def layer_parts(layer: nn.Module) -> dict[str, list[str]]:
     if len(attention) in (0, len(children)):
         attention = list(children)[:1]
     others = [name for name in children if name not in attention]
-    if not others or (len(others) == 1 and not _is_composed(children[others[0]])):
+    if sum(p.ndim > 1 for name in others for p in children[name].parameters()) < 2:
         raise UserError(
             f"{type(layer).__name__} has no attention and MLP that can be told apart: tune all of "
             "the layer"
