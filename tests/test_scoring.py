@@ -97,6 +97,15 @@ def plain_loss(model, tokenizer, examples, loss="options"):
     return -sum(gold) / sum(tokens)
 
 
+def plain_losses(model, tokenizer, states, loss="options"):
+    """Of the examples, under each state."""
+    losses = []
+    for state in states:
+        with state():
+            losses.append(plain_loss(model, tokenizer, EXAMPLES, loss))
+    return losses
+
+
 @pytest.mark.parametrize("row_tokens", [60, 1000])
 @pytest.mark.parametrize("words", [(), SENTIMENT], ids=["bytes", "words"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -129,10 +138,7 @@ def test_losses_equal_plain_passes(family, dtype, row_tokens, layer_index, loss,
     assert (cache.used_bytes > 0) == (cached and layer_index > 0)
     states = Shift(layer).states
     losses = scorer.losses(scorer.plan(batch), states)
-    expected = []
-    for state in states:
-        with state():
-            expected.append(plain_loss(model, tokenizer, EXAMPLES, loss))
+    expected = plain_losses(model, tokenizer, states, loss)
     assert losses == pytest.approx(expected, abs=tolerance(family, dtype))
     assert abs(losses[0] - losses[1]) > 30 * tolerance(family, dtype)
 
@@ -159,10 +165,7 @@ def test_losses_of_several_tuned_layers_and_of_the_whole_model(family, tuned, ca
     runs = len(states) if tuned != (3, 1) else not cached
     assert len(calls) == runs * len(plan.packs)
     hook.remove()
-    expected = []
-    for state in states:
-        with state():
-            expected.append(plain_loss(model, tokenizer, EXAMPLES))
+    expected = plain_losses(model, tokenizer, states)
     assert losses == pytest.approx(expected, abs=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-4
 
@@ -212,10 +215,8 @@ def test_weights_shared_with_another_layer_move_there_too():
     model.model.layers[3].mlp = layer.mlp
     scorer = Scorer(model, tokenizer, layer, cache=PrefixCache(1 << 20))
     assert scorer.states_problem == "model.layers.3.mlp.gate_proj shares weights with a tuned layer"
-    plan, expected = scorer.plan(scorer.encode(EXAMPLES)), []
-    for state in (states := Shift(layer).states):
-        with state():
-            expected.append(plain_loss(model, tokenizer, EXAMPLES))
+    plan, states = scorer.plan(scorer.encode(EXAMPLES)), Shift(layer).states
+    expected = plain_losses(model, tokenizer, states)
     assert scorer.losses(plan, states) == pytest.approx(expected, abs=1e-5)
 
 
@@ -226,10 +227,8 @@ def test_a_hybrid_of_several_classes_of_layers(family):
     scorer = Scorer(model, tokenizer, layer, cache=PrefixCache(1 << 20))
     batch = scorer.encode(EXAMPLES)
     scorer.cache_prefixes(batch)
-    states, expected = Shift(layer, 1 / 64).states, []
-    for state in states:
-        with state():
-            expected.append(plain_loss(model, tokenizer, EXAMPLES))
+    states = Shift(layer, 1 / 64).states
+    expected = plain_losses(model, tokenizer, states)
     losses = scorer.losses(scorer.plan(batch), states)
     assert losses == pytest.approx(expected, abs=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-4
@@ -389,9 +388,7 @@ def test_padded_rows_of_several_states_side_by_side(monkeypatch):
     assert max(len(pack.inputs["input_ids"]) for pack in plan.packs) > 1
     states = Shift(layer).states
     losses = scorer.losses(plan, states)
-    for loss, state in zip(losses, states, strict=True):
-        with state():
-            assert loss == pytest.approx(plain_loss(model, tokenizer, EXAMPLES), abs=1e-5)
+    assert losses == pytest.approx(plain_losses(model, tokenizer, states), abs=1e-5)
 
 
 def test_a_plan_serves_many_steps():
@@ -766,9 +763,7 @@ def test_windows_by_a_mask_are_those_of_each_state():
     scorer = Scorer(model, byte_tokenizer(), layer)
     states = Shift(layer).states
     losses = scorer.losses(scorer.plan(scorer.encode(EXAMPLES)), states)
-    for found, state in zip(losses, states, strict=True):
-        with state():
-            assert found == pytest.approx(plain_loss(model, byte_tokenizer(), EXAMPLES), abs=1e-5)
+    assert losses == pytest.approx(plain_losses(model, byte_tokenizer(), states), abs=1e-5)
 
 
 def test_a_norm_that_takes_a_gate_is_left_to_the_model():

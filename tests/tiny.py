@@ -37,6 +37,8 @@ _LLAMA = {
     # Far above the usual 0.02, so that attention matters in the outputs.
     "initializer_range": 0.2,
 }
+# Of those that derive it.
+_NO_HEAD_DIM = {**_COMMON, **{k: v for k, v in _LLAMA.items() if k != "head_dim"}}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_COMMON, **_LLAMA),
     "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA),
@@ -52,10 +54,8 @@ CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(
         **_COMMON, **_LLAMA, sliding_window=8, query_pre_attn_scalar=8, sliding_window_pattern=2
     ),
-    "olmo2": lambda: Olmo2Config(**_COMMON, **{k: v for k, v in _LLAMA.items() if k != "head_dim"}),
-    "phi": lambda: PhiConfig(
-        **_COMMON, **{k: v for k, v in _LLAMA.items() if k != "head_dim"}, partial_rotary_factor=0.5
-    ),
+    "olmo2": lambda: Olmo2Config(**_NO_HEAD_DIM),
+    "phi": lambda: PhiConfig(**_NO_HEAD_DIM, partial_rotary_factor=0.5),
     "gpt2": lambda: GPT2Config(
         **_COMMON, n_embd=32, n_layer=4, n_head=4, n_positions=256, initializer_range=0.2
     ),
@@ -75,13 +75,12 @@ CONFIGS = {
     ),
 }
 # Their decoder layers are of two classes; in Zamba 2, several share their attention.
-_HYBRID = {**_COMMON, **{k: v for k, v in _LLAMA.items() if k != "head_dim"}}
 HYBRIDS = {
     "jamba": lambda: JambaConfig(
-        **_HYBRID, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4
+        **_NO_HEAD_DIM, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4
     ),
     "olmo_hybrid": lambda: OlmoHybridConfig(
-        **_HYBRID,
+        **_NO_HEAD_DIM,
         linear_num_key_heads=2,
         linear_num_value_heads=2,
         linear_key_head_dim=8,
@@ -89,7 +88,7 @@ HYBRIDS = {
         layer_types=["linear_attention", "full_attention"] * 2,
     ),
     "zamba2": lambda: Zamba2Config(
-        **_HYBRID,
+        **_NO_HEAD_DIM,
         mamba_ngroups=1,
         n_mamba_heads=8,
         hybrid_layer_ids=[1, 3],

@@ -147,8 +147,7 @@ def sensitivity(
         raise UserError(
             f"batch_size is {batch_size}: the task has {len(examples)} training examples"
         )
-    count = len(decoder_layers(model))
-    chosen = range(count) if layers is None else layers
+    chosen = range(len(decoder_layers(model))) if layers is None else layers
     for index in chosen:
         Target(model, (index,)).check_tunable()
     zs = [step_seed(seed, step) for step in range(1, seeds + 1)]
