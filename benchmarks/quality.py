@@ -53,7 +53,10 @@ ALL = (*SHORT, *LONG)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
 SWEEP_STEPS = dict.fromkeys(SHORT, 200) | dict.fromkeys(LONG, 100)
 SWEEP_LRS, SWEEP_SEEDS = (3e-4, 1e-3, 3e-3), (0, 1)
-RATE_LAYERS = {"sst2": (11, 17, 21, 25, 29)}  # of other tasks the dominant one
+# Beside the dominant one with the budget of the methods.
+SWEPT = {"sst2": (11, 17, 21, 25, 29)} | dict.fromkeys(
+    ("copa", "wsc", "cb", "rte", "boolq"), (LAYER,)
+)
 # Of one layer. At the default, 1e-3, bfloat16 drowns the losses' difference for a layer such as 5,
 # and the sweep would show that (docs/numerics.md).
 EPS = 1e-2
@@ -281,21 +284,19 @@ def sweep_config(task: str, **settings: Any) -> TrainConfig:
 
 
 def rates(bench: Bench, task: str) -> list[dict[str, Any]]:
-    """What lr "auto" finds for some layers, beside the rate of a grid with the lowest loss."""
-    table = []
-    for layer in RATE_LAYERS.get(task, (LAYER,)):
-        found = bench.search(sweep_config(task, layer=layer))
+    """What lr "auto" finds, beside the rate of a grid with the lowest loss after the last step."""
+    table, layers = [], SWEPT.get(task, ())
+    studies = [(partial(sweep_config, task, layer=layer), False) for layer in layers]
+    for make, test in (*studies, (partial(method_config, task, "dominant"), True)):
+        layer, steps = make().layers[0], make().steps
         lrs = CANDIDATES["dominant"].lrs if layer == LAYER else SWEEP_LRS
-        runs = [
-            bench.run("dominant", sweep_config(task, layer=layer, lr=lr), test=False) for lr in lrs
-        ]
+        found = bench.search(make())
+        runs = [bench.run("dominant", make(lr=lr), test=test) for lr in lrs]
         if found is None or None in runs:
             continue
         best = min(runs, key=lambda row: float(row["final_validation_loss"]))["lr"]
-        ratio = f"{float(found['lr']) / float(best):.2f}"
-        table.append(
-            {"task": task, "layer": layer, "found": found["lr"], "best": best, "ratio": ratio}
-        )
+        row = {"task": task, "layer": layer, "steps": steps, "found": found["lr"], "best": best}
+        table.append(row | {"ratio": f"{float(found['lr']) / float(best):.2f}"})
     return table
 
 
@@ -308,20 +309,24 @@ def methods(
         table.append(summary(task, "zero-shot", [row]))
     budget = BUDGETS[task]
     for name in names:
-        method = CANDIDATES[name]
+        lrs = CANDIDATES[name].lrs
 
-        def run(lr: float, seed: int, name: str = name, method: Method = method) -> Any:
-            steps, eval_every = budget.steps, budget.eval_every
-            settings = {"steps": steps, "eval_every": eval_every, **method.settings}
-            return bench.run(name, TrainConfig(task, lr=lr, seed=seed, **settings), test=True)
+        def run(lr: float, seed: int, name: str = name) -> Any:
+            return bench.run(name, method_config(task, name, lr=lr, seed=seed), test=True)
 
-        grid = {lr: row for lr in method.lrs if (row := run(lr, budget.seeds[0]))}
-        if len(grid) < len(method.lrs):
+        grid = {lr: row for lr in lrs if (row := run(lr, budget.seeds[0]))}
+        if len(grid) < len(lrs):
             continue
         best = min(grid, key=lambda lr: float(grid[lr]["best_validation_loss"]))
         rows = [grid[best], *(run(best, seed) for seed in budget.seeds[1:])]
         table.append(summary(task, name, [row for row in rows if row]))
     return table
+
+
+def method_config(task: str, name: str, **settings: Any) -> TrainConfig:
+    budget = BUDGETS[task]
+    fixed = {"steps": budget.steps, "eval_every": budget.eval_every, **CANDIDATES[name].settings}
+    return TrainConfig(task, **fixed, **settings)
 
 
 def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
