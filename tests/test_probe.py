@@ -551,7 +551,7 @@ def test_read_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b" \n\n ", "is empty"), (b"abc\xff", r"is not UTF-8 \(byte 3\)")],
+    [(b"", "is empty"), (b" \n\n ", "is empty"), (b"abc\nd\xff", "line 2 is not UTF-8")],
 )
 def test_bad_texts(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "texts.txt").write_bytes(content)
@@ -560,7 +560,7 @@ def test_bad_texts(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_missing_texts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"texts.txt cannot be read .No such file"):
+    with pytest.raises(UserError, match=r"texts\.txt' cannot be read: No such file"):
         read_texts(tmp_path / "texts.txt")
 
 

@@ -235,9 +235,14 @@ def test_any_line_is_an_example_or_an_error_that_names_it(tmp_path_factory, case
         assert bool(example.answers) == (get_task(task).metric == "f1")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    write(tmp_path, b'\xef\xbb\xbf{"sentence": "tea", "label": 1}\r\n')
+    assert load_split(SST2, tmp_path, "train")[0].prompt == "tea It was"
+
+
 def test_text_that_is_not_utf8_is_refused(tmp_path):
-    write(tmp_path, b'{"sentence": "caf\xe9", "label": 1}\n')
-    with pytest.raises(UserError, match=r"train\.jsonl.*cannot be read"):
+    write(tmp_path, b'{"sentence": "tea", "label": 1}\n{"sentence": "caf\xe9", "label": 1}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl' line 2 is not UTF-8"):
         load_split(SST2, tmp_path, "train")
 
 

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from dlzo.errors import UserError
+from dlzo.files import read_text
 
 
 def calibration_texts() -> list[str]:
@@ -20,18 +21,9 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         UserError: the file is missing, is not UTF-8, or holds no text.
     """
-    try:
-        texts = _paragraphs(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"texts {path} cannot be read ({error.strerror}): give a text file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"texts {path} is not UTF-8 (byte {error.start}): save it as UTF-8"
-        ) from error
+    texts = _paragraphs(read_text(path))
     if not texts:
-        raise UserError(f"texts {path} is empty: write paragraphs separated by blank lines")
+        raise UserError(f"{str(path)!r} is empty: write paragraphs separated by blank lines")
     return texts
 
 

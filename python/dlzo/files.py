@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that only grow."""
+"""Files that appear whole or not at all, files that only grow, and texts of users."""
 
 from __future__ import annotations
 
@@ -90,6 +90,21 @@ class GrowingFile:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file from a user: UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8; the message names the file, and the line.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{str(path)!r} line {line} is not UTF-8: save it as UTF-8") from error
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dlzo.errors import UserError
+from dlzo.files import read_text
 from dlzo.tasks.task import Example, Field, Task, value_of
 
 Split = Literal["train", "validation", "test"]
@@ -28,13 +29,9 @@ def load_split(task: Task, data_dir: str | Path, split: Split) -> list[Example]:
     if not folder.is_dir():
         raise UserError(f"data folder {str(folder)!r} does not exist or is no folder")
     path = folder / f"{split}.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}") from error
     examples = [
         _example(task, line, f"{str(path)!r} line {number}")
-        for number, line in enumerate(lines, start=1)
+        for number, line in enumerate(read_text(path).split("\n"), start=1)
         if line.strip()
     ]
     if not examples:
