@@ -208,6 +208,39 @@ def bench_perturb(results: Results) -> None:
             results.add(f"{op} {name}", 1, LAYER, times[op], speedup=speedup)
 
 
+def bench_isas(results: Results) -> None:
+    """The other kernels under each ISA that this machine runs, one thread, against the baseline."""
+    w, x = torch.randn(LAYER).bfloat16(), torch.randn(1024, 576).bfloat16()
+    weight = torch.ones(576, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(1, heads, 512, 64).bfloat16() for heads in (9, 3, 3))
+    parents = torch.arange(-1, 511)
+    parents[::128] = -1
+    calls: dict[str, tuple[int, Run]] = {
+        "perturb_": (LAYER, lambda: dk.perturb_(w, 1, 1e-3)),
+        "activation_stats per tensor": (LAYER, lambda: dk.activation_stats(w)),
+        "rms_norm": (x.numel(), lambda: dk.rms_norm(x, weight, 1e-5)),
+        "tree_attention, texts of 128 tokens": (
+            9 * 512 * 129 // 2,
+            lambda: dk.tree_attention(q, k, v, parents),
+        ),
+    }
+    names = [name for name, _, runs, _ in _C.isas() if runs]
+
+    def under(name: str, call: Run) -> None:
+        with isa(name):
+            call()
+
+    for what, (elements, call) in calls.items():
+        runs: dict[str, Run] = {
+            name: lambda name=name, call=call: under(name, call) for name in names
+        }
+        with threads(1):
+            times = interleaved(runs)
+        for name in names:
+            results.add(f"{what} bfloat16 {name}", 1, elements, times[name],
+                        speedup=ratio(times, "baseline", name))  # fmt: skip
+
+
 def bench_threads(results: Results) -> None:
     """Two threads against one."""
     w = torch.randn(LAYER).bfloat16()
@@ -379,6 +412,7 @@ def main() -> None:
         limits = Limits(folder)
         bench_noise(results, limits)
         bench_perturb(results)
+        bench_isas(results)
         bench_threads(results)
         bench_accumulate(results)
         bench_attention(results)
