@@ -236,7 +236,8 @@ class ZOStep:
         Raises:
             ValueError: not one loss per direction, or lr or max_loss is out of range.
             RuntimeError: the step was taken already, or the layer is perturbed or was written, by
-                another step too (by way of `.data` nobody sees it).
+                another step too (by way of `.data`, or in inference mode, nobody sees it).
+            TypeError: a loss is no number.
         """
         if self._taken:
             raise RuntimeError("this step was taken already; make another with zo_step")
@@ -269,6 +270,7 @@ class ZOStep:
                             with held.lifted():
                                 loss = closure()
                             losses.append(_kept(loss))
+                            self._refuse_if_elsewhere()
                 return self._finish(plus, minus)
             except BaseException:
                 self._restore()
@@ -276,7 +278,7 @@ class ZOStep:
 
     @contextmanager
     def _perturbed(self, scale: float, direction: int) -> Iterator[None]:
-        if not 0 <= direction < self._directions:
+        if direction not in range(self._directions):
             raise ValueError(f"direction must be in [0, {self._directions}), not {direction}")
         self._refuse_if_touched()
         with _Held() as held:
@@ -288,20 +290,24 @@ class ZOStep:
                 self._restore()
 
     def _refuse_if_touched(self) -> None:
-        for t, operand in zip(self._tuned, self._operands, strict=True):
+        for t in self._tuned:
             if t.entry.perturbed is not None:
                 raise _is_perturbed(t.name)
-            moved = t.entry.was_written(t.given) or t.entry.moves != t.moves
-            # By `w.data = ...` a tensor gets other memory.
-            if moved or t.live.data_ptr() != operand.out.data_ptr():
-                raise RuntimeError(
-                    f"{t.name} was written since the step was opened; make another with zo_step"
-                )
+            if t.entry.was_written(t.given) or t.entry.moves != t.moves:
+                raise _was_written(t.name)
+        self._refuse_if_elsewhere()
+
+    def _refuse_if_elsewhere(self) -> None:
+        """By `w.data = ...` a tensor gets other memory."""
+        for t, operand in zip(self._tuned, self._operands, strict=True):
+            if t.live.data_ptr() != operand.out.data_ptr():
+                raise _was_written(t.name)
 
     def _write(self, scale: float, direction: int) -> None:
         for t in self._tuned:
             t.entry.perturbed = t.live
-        self._perturb(scale, direction)
+        with _own_writes(self._tuned):
+            self._perturb(scale, direction)
 
     def _perturb(self, scale: float, direction: int) -> None:
         perturb_layer(self._operands, self._seed, scale, direction)
@@ -397,7 +403,7 @@ def zo_replay(
     tuned = _adopted(layer)
     check_directions(seeds, scales, queries, tuned[0].live.device)
     with _Held():
-        _accumulate(tuned, seeds, scales, queries, keep=keep)
+        _accumulate(tuned, seeds, scales, [*map(int, queries)], keep=keep)
 
 
 def check_keep(keep: float) -> None:
@@ -425,13 +431,16 @@ def _accumulate(
     keep: float | Tensor = 1.0,
 ) -> None:
     """Moves the masters along the directions, in order, and makes the live weights theirs."""
-    if isinstance(keep, Tensor) or keep != 1:
+    decays = isinstance(keep, Tensor) or keep != 1
+    moves = decays or len(scales) > 0
+    if decays:
         for t in tuned:
             if t.live.dim() > 1:
                 t.entry.master.mul_(keep)
-    accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
+    with _own_writes(tuned):
+        accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
     for t in tuned:
-        t.entry.moves += len(scales) > 0
+        t.entry.moves += moves
         t.entry.release(t.given)
 
 
@@ -453,6 +462,16 @@ class _Entry:
     def was_written(self, given: Tensor) -> bool:
         """Whether somebody else wrote what was released last, by autograd."""
         return self.seen() is _counted(given) and self.version != _version(given)
+
+    def is_up_to_date(self) -> bool:
+        """Whether nobody has written since, by autograd."""
+        seen = self.seen()
+        return seen is not None and self.version == _version(seen)
+
+    def catch_up(self) -> None:
+        """Takes the writes so far for those of steps on other weights."""
+        if (seen := self.seen()) is not None:
+            self.version = _version(seen)
 
     def speaks_for(self, live: Tensor) -> bool:
         """Whether the live weights are those of the master."""
@@ -512,6 +531,24 @@ def _adopted(layer: Layer) -> list[_Tuned]:
     return [_tuned(*item) for item in collected]
 
 
+@contextmanager
+def _own_writes(tuned: Sequence[_Tuned]) -> Iterator[None]:
+    """Views of one memory have one count of writes: these steps' are none to the others' masters."""
+    storages, own = {t.entry.storage.cdata for t in tuned}, {id(t.entry) for t in tuned}
+    others = [
+        entry
+        for key, entry in list(_entries.items())
+        if key.storage in storages and id(entry) not in own and entry.is_up_to_date()
+    ]
+    yield
+    for entry in others:
+        entry.catch_up()
+
+
+def _was_written(name: str) -> RuntimeError:
+    return RuntimeError(f"{name} was written since the step was opened; make another with zo_step")
+
+
 def _is_perturbed(name: str) -> RuntimeError:
     return RuntimeError(f"{name} is perturbed by an open step; leave that first")
 
@@ -549,7 +586,10 @@ def _forget_overlapping(live: Tensor, key: _Key) -> None:
             continue
         view = live.detach()
         if other.dtype == key.dtype:
-            view = view.as_strided(other.shape, other.stride, other.offset)
+            try:
+                view = view.as_strided(other.shape, other.stride, other.offset)
+            except RuntimeError:  # the memory has shrunk: `other` has none
+                pass
         if live.numel() and overlap(live, view):
             _entries.pop(other, None)
 
@@ -674,7 +714,14 @@ def _kept(loss: Loss) -> Loss:
 def _number(loss: Loss) -> Loss:
     """A loss as a float, or where it is on a GPU as a 0-d tensor there."""
     if not isinstance(loss, Tensor):
-        return float(loss)
+        try:
+            return float(loss)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"a loss is {loss!r}; give a number, or a list of one per direction"
+            ) from error
+    if loss.is_complex():
+        raise TypeError(f"a loss is complex ({loss.dtype}); give a real number")
     if loss.numel() != 1:
         raise ValueError(f"a loss has shape {tuple(loss.shape)}; give one number per direction")
     return loss.detach().reshape(()) if loss.is_cuda else loss.item()

@@ -10,6 +10,7 @@ import sys
 import threading
 import tracemalloc
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -387,6 +388,73 @@ def test_a_step_on_an_alias_is_seen_by_others(alias):
     assert torch.equal(w, torch.full_like(w, 2.0))
 
 
+SHARED = {
+    "views": lambda w: (w[:256], w[256:]),
+    "parameters": lambda w: (nn.Parameter(w[:256]), nn.Parameter(w[256:])),
+    "rows": lambda w: tuple(w.view(2, 256)),
+    "columns": lambda w: tuple(w.view(256, 2).t()),
+}
+
+
+@pytest.mark.parametrize("take", [zo_step, partial(LowRankStep, rank=1, v_seed=3)])
+@pytest.mark.parametrize("share", SHARED.values(), ids=SHARED)
+def test_steps_in_turn_on_parts_of_one_tensor_keep_their_masters(share, take):
+    parts = share(torch.ones(512, dtype=torch.bfloat16))
+    twins = [torch.ones_like(part) for part in parts]
+    for seed in range(40):
+        for part in (*parts, *twins):
+            step = take(part, seed, 1e-3, 1e-5)
+            with step.plus():
+                pass
+            step.update(3.0, 1.0)
+    for part, twin in zip(parts, twins, strict=True):
+        assert_same_bits(part.detach().clone(), twin)
+        assert (twin != 1).any()
+
+
+def test_a_step_on_one_part_of_a_tensor_leaves_an_open_one_on_another_alone():
+    w = torch.ones(8)
+    step = zo_step(w[:4], 1, 1e-3, 1e-3)
+    with step.plus():
+        zo_step(w[4:], 2, 1e-3, 1e-3, closure=lambda: 1.0)
+    zo_replay(w[4:], [1], [1.0], [0])
+    with step.minus():
+        pass
+    w[4:].add_(1)  # by somebody else: whose memory it was, the count does not say
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        step.update(1.0, 0.5)
+
+
+def test_a_closure_that_moves_the_weights_to_other_memory_is_refused():
+    layer = nn.Linear(3, 2)
+    before = copies(layer)
+
+    def closure() -> torch.Tensor:
+        layer.double().float()
+        return loss_of(layer)
+
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        zo_step(layer, 1, 1e-2, 1e-2, closure=closure)
+    assert_untouched(layer, before)
+
+
+def test_decay_alone_is_seen_by_an_open_step():
+    w = torch.ones(2, 2)
+    step = zo_step(w, 1, 1e-3, 1e-3)
+    zo_replay(w, [], [], [], keep=0.5)
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        step.update(1.0, 0.5)
+
+
+def test_memory_that_has_shrunk_needs_its_old_master_no_more():
+    w = torch.ones(100)
+    storage = w.untyped_storage()
+    zo_step(w, 1, 1e-3, 1e-3, closure=lambda: 1.0)
+    storage.resize_(40)
+    small = torch.empty(0).set_(storage, 0, (10,))
+    assert zo_step(small, 1, 1e-3, 1e-3, closure=lambda: small.sum()).applied
+
+
 def test_weights_put_back_beneath_a_view_forget_the_hidden_digits():
     ends = []
     w = torch.ones(64, dtype=torch.bfloat16)
@@ -670,6 +738,11 @@ def test_a_loss_is_one_number_and_a_step_can_be_tried_again():
         step.update(torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match=r"a loss has shape \(2,\)"):
         zo_step(w, 1, 1e-2, 1e-2, closure=lambda: torch.ones(2))
+    for loss in (None, "one", 1j, torch.tensor(1j), np.ones(2)):
+        with pytest.raises(TypeError, match="a loss is .*; give a"):
+            zo_step(w, 1, 1e-2, 1e-2, closure=lambda loss=loss: loss)
+        with pytest.raises(TypeError, match="a loss is .*; give a"):
+            step.update(loss, 1.0)
     assert torch.equal(w, torch.ones(4))
     assert step.update(torch.ones(1), torch.tensor(0.5)).applied
 
