@@ -77,7 +77,7 @@ DLZO_INLINE F32 sqrt(F32 x) {
 #endif
 }
 
-// a * b + c with one rounding, in the statistics only: noise v1 has no fused operation.
+// a * b + c with one rounding, but not in noise v1, which has no fused operation.
 DLZO_INLINE F32 fused_multiply_add(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
   return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

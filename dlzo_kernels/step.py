@@ -9,7 +9,7 @@ import threading
 import weakref
 from _signal import getsignal  # that of `signal` makes an enumeration of each answer: 18 us a step
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
@@ -167,6 +167,7 @@ def zo_step(
     Raises:
         ValueError: a number is out of range, or a parameter cannot be tuned; it is named.
         TypeError: the layer is none of the three, or a parameter has a dtype of another kind.
+        NotImplementedError: there is no kernel for the device of a parameter.
         RuntimeError: another step has the layer perturbed.
     """
     step = ZOStep(layer, seed, eps, lr, directions, weight_decay)
@@ -533,7 +534,7 @@ def _adopted(layer: Layer) -> list[_Tuned]:
 
 @contextmanager
 def _own_writes(tuned: Sequence[_Tuned]) -> Iterator[None]:
-    """Views of one memory have one count of writes: these steps' are none to the others' masters."""
+    """Views of one memory have one count of writes: these writes are none to others' masters."""
     storages, own = {t.entry.storage.cdata for t in tuned}, {id(t.entry) for t in tuned}
     others = [
         entry
@@ -586,10 +587,8 @@ def _forget_overlapping(live: Tensor, key: _Key) -> None:
             continue
         view = live.detach()
         if other.dtype == key.dtype:
-            try:
+            with suppress(RuntimeError):  # the memory has shrunk: `other` has none
                 view = view.as_strided(other.shape, other.stride, other.offset)
-            except RuntimeError:  # the memory has shrunk: `other` has none
-                pass
         if live.numel() and overlap(live, view):
             _entries.pop(other, None)
 

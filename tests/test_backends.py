@@ -143,3 +143,11 @@ def test_numbers_for_a_kernel_go_by_value_or_are_made_where_it_runs():
     assert found[:4] == (3, 5, 0, 0.5)
     assert torch.equal(kept[0], torch.arange(3, dtype=torch.int32))
     assert found.queries == kept[0].data_ptr()
+    found, kept = _gpu.directions(torch.device("cpu"), [5, 5, 5], range(3), 0.5)
+    assert found.seed == 5 and not found.seeds and len(kept) == 1
+
+
+def test_what_a_graph_would_not_repeat_is_refused_while_one_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="keep seeds and scales in device memory"):
+        _gpu.directions(torch.device("cuda"), [5, 6], range(2), 0.5)

@@ -181,7 +181,7 @@ def test_attention_refuses_what_it_has_not():
         dk.tree_attention(*tensors, torch.tensor(parents))
     short = tuple(x[..., :8] for x in tensors)
     with (
-        pytest.raises(RuntimeError, match="leave it out of the capture"),
+        pytest.raises(RuntimeError, match="leave tree_attention out of the capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         dk.tree_attention(*short, torch.tensor(parents))

@@ -739,9 +739,9 @@ def test_a_loss_is_one_number_and_a_step_can_be_tried_again():
     with pytest.raises(ValueError, match=r"a loss has shape \(2,\)"):
         zo_step(w, 1, 1e-2, 1e-2, closure=lambda: torch.ones(2))
     for loss in (None, "one", 1j, torch.tensor(1j), np.ones(2)):
-        with pytest.raises(TypeError, match="a loss is .*; give a"):
+        with pytest.raises(TypeError, match=r"a loss is .*; give a"):
             zo_step(w, 1, 1e-2, 1e-2, closure=lambda loss=loss: loss)
-        with pytest.raises(TypeError, match="a loss is .*; give a"):
+        with pytest.raises(TypeError, match=r"a loss is .*; give a"):
             step.update(loss, 1.0)
     assert torch.equal(w, torch.ones(4))
     assert step.update(torch.ones(1), torch.tensor(0.5)).applied

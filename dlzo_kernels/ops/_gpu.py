@@ -109,6 +109,20 @@ def launch(launches: Sequence[_C.gpu.Launch], device: torch.device) -> None:
         _C.cuda.launch(launches, torch.cuda.current_stream().cuda_stream)
 
 
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A copy of numbers from the host, for which nothing waits.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "numbers are copied from the host, which a CUDA graph would not repeat: keep seeds and "
+            "scales in device memory, and leave tree_attention out of the capture"
+        )
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
 def directions(
     device: torch.device,
     seeds: int | Sequence[int] | Tensor,
@@ -117,7 +131,11 @@ def directions(
 ) -> tuple[Directions, list[Tensor]]:
     """Directions for a kernel, and the tensors to keep until it is launched.
 
-    A number is for all directions and goes by value; a sequence is copied to the device.
+    A number is for all directions and goes by value, as seeds that are equal; other sequences are
+    copied to the device.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured and something has to be copied.
     """
     kept: list[Tensor] = []
 
@@ -129,11 +147,13 @@ def directions(
         if isinstance(values, range):  # without a copy, which a graph would have to repeat
             values = torch.arange(values.start, values.stop, dtype=torch.int32, device=device)
         elif isinstance(values, Sequence):
-            host = torch.tensor(values, dtype=dtype, device="cpu").pin_memory()
-            values = host.to(device, non_blocking=True)
+            values = to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
         kept.append(values)
         return 0, values.data_ptr()
 
+    # Those of one step are equal, so that a graph can hold it.
+    if isinstance(seeds, Sequence) and len(set(seeds)) == 1:
+        seeds = seeds[0]
     seed, seeds_at = place(seeds, torch.uint64)
     query, queries_at = place(queries, torch.uint32)
     scale, scales_at = place(scales, torch.float32)

@@ -25,7 +25,7 @@ except ImportError:
 
 
 def available() -> bool:
-    """Whether Triton is installed."""
+    """Whether Triton is there, with its backend for CUDA."""
     return triton is not None
 
 

@@ -52,8 +52,9 @@ from dlzo_kernels.ops._triton import (
 )
 
 LIBRARY.define(
-    "accumulate_(Tensor(a!) master, int[] seeds, float[] scales, int stream, int offset, "
-    "int[] query, int? row_stride, Tensor(b!)? out) -> ()"
+    "accumulate_(Tensor(a!) master, SymInt[] seeds, float[] scales, SymInt stream, SymInt offset, "
+    "SymInt[] query, SymInt? row_stride, Tensor(b!)? out) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
@@ -89,6 +90,7 @@ def accumulate_(
         ValueError: lengths or shapes differ, a number is out of range, elements share memory.
         TypeError: a dtype is none of the three, or out is given and master is not float32.
         NotImplementedError: there is no kernel for the device.
+        RuntimeError: a CUDA graph is captured, and seeds or scales that differ are no tensors.
     """
     queries = list(query) if isinstance(query, Iterable) else [query] * len(seeds)
     check_directions(seeds, scales, queries, master.device)

@@ -44,8 +44,8 @@ from dlzo_kernels.ops._triton import (
 )
 
 LIBRARY.define(
-    "gaussian(int[] shape, int seed, int stream, int offset, int query, int? row_stride, "
-    "ScalarType dtype, Device device) -> Tensor"
+    "gaussian(SymInt[] shape, SymInt seed, SymInt stream, SymInt offset, SymInt query, "
+    "SymInt? row_stride, ScalarType dtype, Device device) -> Tensor"
 )
 
 

@@ -53,12 +53,12 @@ from dlzo_kernels.ops._triton import (
 )
 
 LIBRARY.define(
-    "perturb_(Tensor(a!) w, int seed, float scale, int stream, int offset, int query, "
-    "int? row_stride) -> ()"
+    "perturb_(Tensor(a!) w, SymInt seed, float scale, SymInt stream, SymInt offset, SymInt query, "
+    "SymInt? row_stride) -> ()"
 )
 LIBRARY.define(
-    "perturb_into(Tensor(a!) out, Tensor base, int seed, float scale, int stream, int offset, "
-    "int query, int? row_stride) -> ()"
+    "perturb_into(Tensor(a!) out, Tensor base, SymInt seed, float scale, SymInt stream, "
+    "SymInt offset, SymInt query, SymInt? row_stride) -> ()"
 )
 
 

@@ -115,7 +115,7 @@ def _tree_attention(
     softcap: float,
 ) -> Tensor:
     _check(query, key, value, parents)
-    _check_numbers(scale, window, softcap)
+    _check_numbers(scale, window)
     out = _empty_result(query, value)
     if out.numel() == 0:
         return out
@@ -140,14 +140,9 @@ def _launch(tensors: _Tensors, parents: Tensor, scale: float, window: int, softc
             f"vectors have {query.shape[-1]} and {value.shape[-1]} elements, and on GPUs "
             f"tree_attention takes {_LONGEST_ON_GPU} at most; use scaled_dot_product_attention"
         )
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "tree_attention copies numbers from the host, which a CUDA graph would not repeat: "
-            "leave it out of the capture"
-        )
     tile = tile_for(query, value)
     places, tile_count = walk(parents, tile)
-    places = places.pin_memory().to(query.device, non_blocking=True)
+    places = _gpu.to_device(places, query.device)
     plan = triton_plan(tensors, places, tile_count, tile, scale, window, softcap)
     launch([plan], query.device)
 
@@ -178,7 +173,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, parents: Tensor) -> None:
         raise ValueError(f"parents is on {parents.device}; keep it on the CPU")
 
 
-def _check_numbers(scale: float, window: int, softcap: float) -> None:
+def _check_numbers(scale: float, window: int) -> None:
     check_scale(scale)
     if window < 1:
         raise ValueError(f"window must be at least 1 token, not {window}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bits import VIEWS, assert_same_bits, weights
 from dlzo_kernels import accumulate_, perturb_
@@ -109,3 +110,17 @@ def test_inside_torch_compile():
     master, out = weights(90), torch.empty(90, dtype=torch.bfloat16)
     expected = accumulate_(weights(90), [5, 6], [0.5, -0.5]).bfloat16() + 1
     assert_same_bits(replay(master, out, 0.5), expected)
+
+
+def test_one_graph_serves_any_length_and_seeds():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def replay(master, seed, query):
+        accumulate_(master, [seed, seed + 1], [0.5, -0.5], query=[query, 0])
+
+    for i in range(3, 9):
+        got = weights(i)
+        replay(got, i, 2 * i)
+        assert_same_bits(got, accumulate_(weights(i), [i, i + 1], [0.5, -0.5], query=[2 * i, 0]))
+    assert counter.frame_count <= 2  # the first numbers are taken for constants

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bits import assert_same_bits, bits, reference_perturb, store
@@ -156,6 +157,19 @@ def test_inside_torch_compile():
         return gaussian((130,), seed, stream=1) * 2
 
     assert_same_bits(doubled(1 << 63), gaussian((130,), 1 << 63, stream=1) * 2)
+
+
+def test_one_graph_serves_any_length_and_number():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def noise(count, seed, query):
+        return gaussian((count, 3), seed, stream=1, query=query)
+
+    for i in range(3, 9):
+        assert_same_bits(noise(i, 5 * i, 2 * i), gaussian((i, 3), 5 * i, stream=1, query=2 * i))
+    assert_same_bits(noise(9, (1 << 64) - 9, 7), gaussian((9, 3), (1 << 64) - 9, stream=1, query=7))
+    assert counter.frame_count <= 3  # a first one, any below 2^63, any above
 
 
 def test_a_fake_stays_fake():

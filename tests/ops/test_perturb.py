@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import perturb_, perturb_into
@@ -206,11 +207,17 @@ def test_inside_torch_compile():
 
 
 @torch.no_grad()
-def test_compiled_once_for_any_length():
-    compiled = torch.compile(
-        lambda w: perturb_(w, 5, 0.5, stream=2), backend="aot_eager", fullgraph=True
-    )
-    for length in (3, 4, 5):
-        w = torch.zeros(length)
-        compiled(w)
-        assert_same_bits(w, perturb_(torch.zeros(length), 5, 0.5, stream=2))
+def test_one_graph_serves_any_length_and_number():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(w, base, seed, query):
+        perturb_into(w, base, seed, 0.5, stream=2, query=query)
+        perturb_(w, seed, -0.5, query=query)
+
+    for i in range(3, 9):
+        base, got = weights(i), weights(i)
+        step(got, base, i, 2 * i)
+        into = perturb_into(torch.empty(i), base, i, 0.5, stream=2, query=2 * i)
+        assert_same_bits(got, perturb_(into, i, -0.5, query=2 * i))
+    assert counter.frame_count <= 2  # the first numbers are taken for constants
