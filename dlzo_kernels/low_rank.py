@@ -44,11 +44,11 @@ class LowRankStep(ZOStep):
 
     Args:
         layer: as in `zo_step`; a matrix must not be a DTensor.
-        seed: of U, and of the z of what is no matrix.
-        eps: size of the perturbation.
-        lr: step size.
-        rank: r, of each direction.
-        v_seed: of V.
+        seed: of U, and of the z of what is no matrix; in [0, 2^64).
+        eps: size of the perturbation, > 0.
+        lr: step size, >= 0.
+        rank: r, of each direction, at least 1.
+        v_seed: of V, in [0, 2^64).
         options: `directions` and `weight_decay`, as in `zo_step`.
 
     Raises:

@@ -117,6 +117,21 @@ def test_another_base_is_refused(adapter):
     assert_refused(adapter, "other weights than.*'tiny'", model)
 
 
+def test_other_weights_beside_the_tuned_ones_are_told(adapter, caplog):
+    model = base(adapter)
+    model.name_or_path = "tiny"
+    target = Target(model, (LAYER,))
+    whole = {"model_fingerprint": weights_fingerprint([model])}
+    save_adapter(adapter[0], target, base_fingerprint=target.fingerprint(), info=whole)
+    load_adapter(base(adapter), adapter[0])
+    assert not caplog.messages
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1
+    load_adapter(model, adapter[0])
+    (said,) = caplog.messages
+    assert "whose other weights are not those of this one" in said and "'tiny'" in said
+
+
 def test_another_dtype_is_refused(adapter):
     other = torch.float16
     assert_refused(adapter, "this one is float16", tiny_model(dtype=other))

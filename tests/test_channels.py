@@ -220,8 +220,8 @@ def test_another_base_journal_or_adapter_is_refused(data, tmp_path):
     journal, rebuilt = out / "journal.zo", tmp_path / "rebuilt"
     settings = Reader(journal).header.settings
     for channels, says in (
-        ([7, 22], "parameters is"),
-        ("all", "parameters is"),
+        ([7, 22], "parameters differ"),
+        ("all", "parameters differ"),
         ("outlier", "invalid channels"),
         ([7, "23"], "invalid channels"),
         ([7, 99], "the model has 0 to 31"),

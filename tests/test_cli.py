@@ -240,13 +240,18 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, model, data, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_result_is_kept_unless_it_may_be_replaced(run, model, data, tmp_path):
+def test_an_existing_result_is_kept_unless_it_may_be_replaced(
+    run, model, data, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
     assert run(*train_arguments(model, data, out))[0] == 0
     before = (out / "metrics.json").read_bytes()
-    code, _, err = run(*train_arguments(model, data, out))
-    assert code == 2
-    assert "--overwrite" in err
+    with monkeypatch.context() as patched:
+        patched.delattr(cli, "load_model")  # it is told before a model is fetched
+        code, _, err = run(*train_arguments(model, data, out))
+        assert code == 2 and "--overwrite" in err
+        code, _, err = run("demo", "--out", out)
+        assert code == 2 and "--overwrite" in err
     assert (out / "metrics.json").read_bytes() == before
     assert run(*train_arguments(model, data, out, "--overwrite", "--seed", "1"))[0] == 0
     assert json.loads((out / "metrics.json").read_text())["seed"] == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from functools import wraps
 
 import pytest
 import torch
@@ -38,6 +39,19 @@ def test_answers_equal_one_by_one_greedy_loops(family, batch_tokens):
     assert len(set(answers)) > 1
 
 
+def test_prompts_are_not_padded_for_a_model_that_sees_padding():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    own = model.forward
+
+    @wraps(own)
+    def blind(*args, attention_mask=None, position_ids=None, **kwargs):
+        return own(*args, **kwargs)
+
+    model.forward = blind
+    together = generate(model, tokenizer, PROMPTS, max_new_tokens=20)
+    assert together == [generate(model, tokenizer, [p], max_new_tokens=20)[0] for p in PROMPTS]
+
+
 def follow(model, script):
     """Makes the model say `script`, token by token, to any prompt; returns the log of its calls."""
     calls = []
@@ -58,7 +72,7 @@ def test_answer_ends_with_its_line_or_with_the_text(stop):
     script = tokenizer(f" 4 2{stop}").input_ids
     model = tiny_model()
     calls = follow(model, script + [5] * 20)
-    answers = generate(model, tokenizer, ["Why?", "How many?"])
+    answers = generate(model, tokenizer, ["Why?", "How?"])
     assert answers == ["4 2." if stop == ".\n\n" else "4 2"] * 2
     assert calls == script
 
@@ -96,7 +110,8 @@ def test_prompts_of_similar_length_run_together():
     )
     prompts = ["x" * length for length in (5, 90, 7, 95, 6)]
     generate(model, tokenizer, prompts, max_new_tokens=1, batch_tokens=192)
-    assert shapes == [(2, 95), (3, 7)]
+    # First it is tried whether padding leaves the shortest one alone.
+    assert shapes == [(1, 5), (2, 95), (2, 95), (3, 7)]
 
 
 def test_model_tokenizer_and_generator_are_left_as_they_were(capfd, recwarn):

@@ -281,15 +281,17 @@ def test_another_base_or_journal_is_refused(data, tmp_path):
     model, settings = tiny_model(), Reader(journal).header.settings
     for changes, says in (
         ({"seed": 8}, "base fingerprint"),
-        ({"settings": settings | {"rank": 2}}, "parameters is"),
+        ({"settings": settings | {"rank": 2}}, "parameters differ"),
         ({"settings": settings | {"rank": "3"}}, "invalid rank"),
         ({"settings": settings | {"rank": 1 << 20}}, "invalid rank"),
-        ({"settings": settings | {"method": "dominant"}}, "parameters is"),
+        ({"settings": settings | {"method": "dominant"}}, "parameters differ"),
     ):
         changed = with_header(journal, tmp_path / "changed.zo", **changes)
         assert_refused(model, says, lambda: replay(model, changed, rebuilt))  # noqa: B023
         changed.unlink()
     assert not rebuilt.exists()
+    rebuilt.touch()
+    assert_refused(model, "cannot be written", lambda: replay(model, journal, rebuilt))
     # Weights elsewhere in the model may differ, as for the other methods.
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] += 0.5

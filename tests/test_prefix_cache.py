@@ -88,14 +88,18 @@ def test_a_folder_gives_only_what_was_computed_among_the_same_neighbours(tmp_pat
         assert torch.equal(shared.get(tokens), alone.get(tokens))
 
 
-@pytest.mark.parametrize("other", ["family", "layer", "weights"])
-def test_hidden_states_of_other_weights_are_never_used(tmp_path, other):
+@pytest.mark.parametrize("other", ["family", "layer", "weights", "buffer", "threads"])
+def test_hidden_states_of_other_weights_or_roundings_are_never_used(tmp_path, monkeypatch, other):
     scorer = cached_scorer(PrefixCache(0, tmp_path))
     batch = scorer.encode(EXAMPLES)
     scorer.cache_prefixes(batch)
     later = PrefixCache(0, tmp_path)
-    changed = {"family": {"family": "qwen3"}, "layer": {"layer": 3}, "weights": {}}[other]
-    scorer = cached_scorer(later, **changed)
+    changed = {"family": {"family": "qwen3"}, "layer": {"layer": 3}}
+    if other == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    scorer = cached_scorer(later, **changed.get(other, {}))
+    if other == "buffer":
+        scorer.model.model.register_buffer("bias", torch.zeros(2))
     if other == "weights":
         with torch.no_grad():
             scorer.model.model.embed_tokens.weight[-1, -1] += 1

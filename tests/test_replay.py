@@ -10,6 +10,7 @@ import torch
 from bits import assert_same_bits
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
+from dlzo.export import export
 from dlzo.journal import Reader, Writer, compact, create
 from dlzo.models import decoder_layers
 from dlzo.records import Header, Step
@@ -60,6 +61,13 @@ def test_where_no_adapter_can_be_made_the_model_stays(run, tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         replay(model, run[0], tmp_path / "file")
     assert same(state(model), before)
+
+
+def test_a_replayed_adapter_is_no_run_to_export(run, tmp_path):
+    replay(tiny_model(dtype=run[1]), run[0], tmp_path / "rebuilt", until=1)
+    with pytest.raises(UserError, match="holds no run"):
+        export(tmp_path / "rebuilt", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_compact_journal_gives_the_same_bits(run, tmp_path):
@@ -129,7 +137,7 @@ def with_header(journal, path, **changes):
         ({"dtype": "float16"}, "dtype is float16"),
         ({"layers": (2,)}, "base fingerprint"),
         ({"layers": (4,)}, "layer is 4: the model has layers 0 to 3"),
-        ({"parameters": ()}, "parameters is"),
+        ({"parameters": ()}, "parameters differ"),
         ({"config_fingerprint": "00"}, "config fingerprint is 00"),
         ({"base_fingerprint": "00"}, "base fingerprint is 00"),
     ],

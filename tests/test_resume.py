@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dlzo import files, trainer
+from dlzo import files, run, trainer
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.journal import Reader, Writer, create
 from dlzo.records import Event, Step
 from dlzo.scoring import PrefixCache
+from dlzo.target import Target
 from dlzo.trainer import resume, train
 from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, stopping_at, write_data
 from tiny import tiny_model
@@ -178,6 +180,19 @@ def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
         resume(other, TOKENIZER, out)
     with pytest.raises(UserError, match="dtype is float32, not bfloat16"):
         resume(tiny(torch.bfloat16), TOKENIZER, out)
+    other = tiny()
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(UserError, match="model fingerprint"):
+        resume(other, TOKENIZER, out)
+    frozen = tiny()
+    next(trainer.decoder_layers(frozen)[1].parameters()).requires_grad_(False)
+    with pytest.raises(UserError, match=r"only it tunes 'model\.layers\.1\."):
+        resume(frozen, TOKENIZER, out)
+    (out / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is damaged .it has no"):
+        resume(tiny(), TOKENIZER, out)
+    (out / "metrics.json").unlink()
     moved = write_data(tmp_path / "data")
     with (moved / "train.jsonl").open("a") as file:
         file.write('{"sentence": "aab", "label": 0}\n')
@@ -186,6 +201,19 @@ def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
     with pytest.raises(UserError, match="data fingerprint"):
         resume(tiny(), TOKENIZER, out)
     assert (out / "journal.zo").read_bytes() == journal
+
+
+def test_a_journal_of_an_earlier_release_says_nothing_of_other_weights(data, tmp_path):
+    out = stopped_run(data, tmp_path / "out")
+    path = out / "journal.zo"
+    records = list(reader := Reader(path))
+    settings = {k: v for k, v in reader.header.settings.items() if k != "model_fingerprint"}
+    path.unlink()
+    create(path, replace(reader.header, settings=settings))
+    with Writer(Reader(path), 1, 1.0) as writer:
+        for record in records:
+            writer.append(record)
+    assert resume(tiny(), TOKENIZER, out)["final"]["step"] == SHORT.steps
 
 
 @pytest.mark.parametrize(
@@ -260,6 +288,67 @@ def test_a_result_is_kept_until_the_run_that_replaces_it_is_finished(data, tmp_p
     resume(tiny(), TOKENIZER, out)
     assert not aside.exists()
     assert json.loads((out / "metrics.json").read_text())["seed"] == 5
+
+
+@pytest.mark.parametrize("what", ["another run", "a file of others"])
+def test_what_came_to_lie_where_a_result_was_kept_is_left_alone(data, tmp_path, what):
+    out, aside = tmp_path / "out", tmp_path / "out.replaced"
+    train(tiny(), TOKENIZER, SHORT, data, out)
+    with pytest.raises(KeyboardInterrupt):
+        train(*(tiny(), TOKENIZER, SHORT, data, out), overwrite=True, on_progress=stopping_at(3))
+    if what == "another run":
+        shutil.rmtree(aside)
+        train(tiny(), TOKENIZER, replace(SHORT, seed=9), data, aside)
+    else:
+        (aside / "thesis.txt").write_text("precious")
+    kept = sorted(aside.iterdir())
+    for _ in range(2):
+        resume(tiny(), TOKENIZER, out)
+        assert sorted(aside.iterdir()) == kept
+
+
+def test_what_a_kill_leaves_is_overwritten(data, tmp_path, monkeypatch):
+    out, aside = tmp_path / "out", tmp_path / "out.replaced"
+    out.mkdir()
+    (out / ".lock").touch()
+    (out / ".run.json.partial-77").write_text("{")
+    train(tiny(), TOKENIZER, SHORT, data, out)
+    assert not [path for path in out.iterdir() if "partial" in path.name]
+    aside.mkdir()
+    train(tiny(), TOKENIZER, SHORT, data, out, overwrite=True)
+    assert not aside.exists()
+    shutil.copytree(out, aside)
+    deleted, delete = [], run.delete
+
+    def killed(path):
+        if len(deleted) == 2:
+            raise Killed
+        deleted.append(path)
+        delete(path)
+
+    monkeypatch.setattr(run, "delete", killed)
+    with pytest.raises(Killed):
+        train(tiny(), TOKENIZER, SHORT, data, out, overwrite=True)
+    monkeypatch.undo()
+    assert len(deleted) == 2
+    train(tiny(), TOKENIZER, SHORT, data, out, overwrite=True)
+
+
+def test_an_interrupt_while_the_best_weights_are_copied_leaves_those(data, tmp_path, monkeypatch):
+    model, keep, seen = tiny(), Target.keep, []
+
+    def interrupted(target, weights):
+        if len(seen) == 1:
+            seen.append(state(model))
+            weights[0].copy_(next(iter(target.parameters.values())).detach())
+            raise KeyboardInterrupt
+        seen.append(None)
+        keep(target, weights)
+
+    monkeypatch.setattr(Target, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, TOKENIZER, replace(SHORT, eval_every=1), data, tmp_path / "out")
+    assert same(state(model), seen[1]) and not same(seen[1], state(tiny()))
 
 
 def test_an_unfinished_run_is_not_started_over_by_mistake(data, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +11,22 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
+    Gemma3Config,
     Llama4TextConfig,
+    LlamaConfig,
+    MllamaConfig,
+    MptConfig,
+    OpenAIGPTConfig,
+    Phi3Config,
     PhimoeConfig,
     Qwen2MoeConfig,
 )
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
-from dlzo.scoring import PrefixCache, Scorer, norms
-from dlzo.scoring.norms import rms_norms
+from dlzo.scoring import PrefixCache, Scorer, max_length, norms
+from dlzo.scoring.norms import by_kernel, rms_norms
+from dlzo.sites import find_sites
 from dlzo.tasks import Example
 from dlzo_kernels import rms_norm
 from tiny import CONFIGS, HYBRIDS, VOCABULARY, byte_tokenizer, random_model, tiny_model
@@ -776,3 +784,105 @@ def test_a_norm_that_takes_a_gate_is_left_to_the_model():
             return rms_norm(x, self.weight, self.eps) * gate.to(x.dtype)
 
     assert rms_norms(nn.Sequential(Gated())) == {}
+
+
+def test_a_norm_that_may_take_a_gate_is_the_kernels_without_one():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x, gate=None):
+            return rms_norm(x if gate is None else x * gate, self.weight, self.eps)
+
+    norm, x = Gated(), torch.randn(3, 8)
+    norms = rms_norms(nn.Sequential(norm))
+    assert norms == {norm: 1e-6}
+    with torch.no_grad(), by_kernel(norms):
+        assert torch.equal(norm(x), rms_norm(x, norm.weight, 1e-6))
+        assert torch.equal(norm(x, gate=x), rms_norm(x * x, norm.weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_that_runs_twice_in_a_forward_is_given_no_input(dtype):
+    model = tiny_model(dtype=dtype)
+    layers = decoder_layers(model)
+    layers[2] = layers[1]
+    scorer = Scorer(model, byte_tokenizer(), layers[1], cache=PrefixCache(1 << 20))
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    assert plan.explain().count("runs more than once in a forward") == 2
+    states = Shift(layers[1], 0.1).states
+    plain = []
+    for state in states:
+        with state():
+            plain.append(scorer.losses(plan)[0])
+    assert scorer.losses(plan, states) == plain
+
+
+def test_a_layer_that_texts_do_not_reach_is_refused():
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [1],
+        "vocab_size": 260,
+        "pad_token_id": None,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "attention_heads": 4,
+        "num_global_layers": 1,
+        "image_size": 28,
+        "intermediate_layers_indices": [0],
+    }
+    model = random_model(MllamaConfig(text_config=text, vision_config=vision))
+    layers = decoder_layers(model)
+    Scorer(model, byte_tokenizer(), layers[2])
+    with pytest.raises(UserError, match=r"does not run .*layers\.1 on a text alone"):
+        Scorer(model, byte_tokenizer(), layers[1])
+    with pytest.raises(UserError, match=r"does not run layers \[1\] on a text alone"):
+        find_sites(model)
+
+
+def test_layers_that_give_lists():
+    model = random_model(OpenAIGPTConfig(vocab_size=260, n_embd=32, n_layer=3, n_head=4))
+    layer = decoder_layers(model)[1]
+    scorer = Scorer(model, byte_tokenizer(), layer, cache=PrefixCache(1 << 20))
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    assert "from the cache" in (plan := scorer.plan(batch)).explain()
+    states = Shift(layer, 0.1).states
+    expected = plain_losses(model, byte_tokenizer(), states)
+    assert scorer.losses(plan, states) == pytest.approx(expected, abs=1e-5)
+    assert find_sites(model)[1].down_projection is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (LlamaConfig(max_position_embeddings=4096), 2048),
+        (LlamaConfig(max_position_embeddings=100), 100),
+        (MptConfig(max_seq_len=64), 64),
+        (Gemma3Config(text_config={"max_position_embeddings": 256}), 256),
+        (
+            Phi3Config(
+                max_position_embeddings=4096,
+                original_max_position_embeddings=1024,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 48,
+                    "long_factor": [2.0] * 48,
+                    "original_max_position_embeddings": 1024,
+                },
+            ),
+            1024,
+        ),
+    ],
+)
+def test_texts_are_no_longer_than_the_models_context(config, length):
+    assert max_length(SimpleNamespace(config=config)) == length

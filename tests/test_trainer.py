@@ -264,8 +264,9 @@ def test_what_is_no_result_is_never_overwritten(data, tmp_path, kind):
     assert (out if kind == "file" else out / "thesis.txt").read_text() == "mine"
 
 
-def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(data, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.delattr(trainer, "load_splits")
     with pytest.raises(UserError, match="cannot be written"):
         train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "file" / "out")
 
@@ -295,6 +296,8 @@ def test_an_output_that_cannot_be_written_is_refused(data, tmp_path):
         ({"eps": float("nan")}, "eps is nan"),
         ({"lr": -1e-4}, "lr is -0.0001"),
         ({"lr": float("inf")}, "lr is inf"),
+        ({"weight_decay": 5000.0}, r"weight_decay is 5000\.0.*below 1 when multiplied by lr"),
+        ({"sync_seconds": float("inf")}, "sync_seconds is inf"),
     ],
 )
 def test_bad_values_are_refused(change, says):

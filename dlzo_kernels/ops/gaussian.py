@@ -62,6 +62,8 @@ def gaussian(
 ) -> Tensor:
     """Standard normals as a pure function of (seed, stream, query, element index): noise v1.
 
+    Philox 4x32-10 (Salmon et al., SC 2011) and Box-Muller, to the bits of `reference.py`.
+
     The same bits on every backend, ISA and number of threads; no random state is read or written.
     A shard of a larger tensor makes its own part: element (i, j), seen as rows of the last
     dimension, has the index offset + i * row_stride + j of the full tensor.

@@ -6,6 +6,7 @@ from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.export import export
+from dlzo.metrics import Metrics
 from dlzo.models import decoder_layers, load_model
 from dlzo.replay import replay
 from dlzo.tasks.hub import public_data
@@ -13,6 +14,7 @@ from dlzo.trainer import resume, train
 from dlzo_kernels import __version__
 
 __all__ = [
+    "Metrics",
     "TrainConfig",
     "UserError",
     "__version__",

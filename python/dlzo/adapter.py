@@ -8,6 +8,7 @@ configuration, the same throughout a run, with which PEFT loads them too.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,9 @@ from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file
 from dlzo.lora import NAME, Lora
 from dlzo.models import dtype_name
-from dlzo.target import Target
+from dlzo.target import Target, weights_fingerprint
+
+_log = logging.getLogger("dlzo")
 
 FORMAT = "dlzo-layer"
 VERSION = 3
@@ -91,9 +94,11 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
         model: The adapter's base model.
         path_or_hub_id: Folder that holds the adapter, or its OWNER/NAME on the Hugging Face hub.
 
+    Weights of the model that it was not made of may differ: that is logged as a warning.
+
     Raises:
-        UserError: the adapter is missing, damaged or made for another base model; the model is
-            left as it was.
+        UserError: the adapter is missing, damaged or made of other weights; the model is left as
+            it was.
     """
     path = _find(path_or_hub_id)
     config, tensors = _read(path)
@@ -119,6 +124,15 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
             raise UserError(
                 f"adapter {str(path)!r} was tuned from other weights than this model's: load its "
                 f"base model, {config['base_model']!r}"
+            )
+        # Earlier releases said nothing of weights beside the tuned ones.
+        whole = config.get("model_fingerprint")
+        if whole is not None and whole != weights_fingerprint([model]):
+            # With adapters of several layers in one model it is meant.
+            _log.warning(
+                "adapter %r was tuned in a model whose other weights are not those of this one: "
+                "for the figures of its run load its base model, %r",
+                *(str(path), config["base_model"]),
             )
     with torch.no_grad():
         for name, parameter in parameters.items():

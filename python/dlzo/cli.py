@@ -41,7 +41,7 @@ from dlzo.models import decoder_layers, load_model, parse_dtype
 from dlzo.plots import check_suffix, plot_history, plot_probe, plot_sensitivity
 from dlzo.probe import probe
 from dlzo.replay import replay
-from dlzo.run import JOURNAL_FILE, METRICS_FILE, read_settings
+from dlzo.run import JOURNAL_FILE, METRICS_FILE, check_free, read_settings
 from dlzo.sensitivity import sensitivity
 from dlzo.target import describe
 from dlzo.tasks import Split
@@ -247,6 +247,7 @@ def train_command(
         )
         _refuse_without_effect(context, config)
         folder = _data_folder(task, data)
+        from_first_rank(lambda: check_free(out, overwrite))  # before a model is fetched
         loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device or "cpu")
         with _resumable(out), _progress(steps) as on_progress:
             metrics = train(
@@ -338,6 +339,7 @@ def demo_command(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
 ) -> None:
     """The main job on a real model: fetch SmolLM2, find its dominant layer, fine-tune it."""
+    check_free(out, overwrite)  # before a model is fetched
     console.rule("1. The model: SmolLM2-135M-Instruct, de-quantised, in bfloat16")
     model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
     console.rule("2. Its dominant layer, found by forward passes")

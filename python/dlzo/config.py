@@ -156,12 +156,15 @@ class TrainConfig:
             raise UserError(f"lr_decay {self.lr_decay!r}: choose {' or '.join(DECAYS)}")
         if not (self.weight_decay >= 0 and lr * self.weight_decay < 1):
             raise UserError(
-                f"weight_decay is {self.weight_decay}: give a number of 0 or above, such as 0.01"
+                f"weight_decay is {self.weight_decay}: give a number of 0 or above, such as 0.01, "
+                "that is below 1 when multiplied by lr"
             )
         if self.lr_per_spread and self.weight_decay:
             raise UserError("lr_per_spread has no weight decay: leave one of the two out")
-        if not self.sync_seconds >= 0:
-            raise UserError(f"sync_seconds is {self.sync_seconds}: give a number of 0 or above")
+        if not 0 <= self.sync_seconds < math.inf:
+            raise UserError(
+                f"sync_seconds is {self.sync_seconds}: give a finite number of 0 or above"
+            )
 
     def _check_types(self) -> None:
         for name, kind in _kinds().items():

@@ -71,25 +71,26 @@ def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
             `save_pretrained`. "journal": the journal alone.
 
     Raises:
-        UserError: the form is not known, the run has no adapter, or `out` exists or cannot be
-            written.
+        UserError: the form is not known, the folder holds no run or no adapter, or `out` exists or
+            cannot be written.
     """
     run, out = Path(run), Path(out)
     if form not in get_args(Form):
         raise UserError(f"form {form!r} is not known: choose one of {', '.join(get_args(Form))}")
+    read_settings(run)  # a replayed adapter need not have the best weights, as the card says
     config = read_config(run)
-    card = _card(config, form, run)
     try:
         with new_folder(out) as stage:
-            (stage / CARD_FILE).write_text(card, encoding="utf-8")
             if form == "adapter":
                 shutil.copyfile(run / WEIGHTS_FILE, stage / WEIGHTS_FILE)
+                config = read_config(stage)  # while it runs, the run may have replaced its own
                 if "lora" in config:
                     shutil.copyfile(run / PEFT_FILE, stage / PEFT_FILE)
             elif form == "journal":
                 shutil.copyfile(run / JOURNAL_FILE, stage / JOURNAL_FILE)
             else:
                 _save_merged(run, stage)
+            (stage / CARD_FILE).write_text(_card(config, form, run), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{str(out)!r} cannot be written: {error}") from error
 

@@ -58,7 +58,15 @@ def remove_partial_files(folder: Path) -> None:
     """Removes what a killed `replace_file` may have left; nobody else writes to the folder."""
     for path in folder.iterdir():
         if PARTIAL.fullmatch(path.name):
-            path.unlink()
+            delete(path)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class GrowingFile:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from dlzo.products import fast_products
 from dlzo.scoring import check_ids, check_tokenizer, max_length, truncate
 
 BATCH_TOKENS = 4096
+# What padding may change of logits by rounding, as a share of their spread, by bytes of a number.
+_ROUNDING = {8: 1e-6, 4: 1e-3, 2: 0.1}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -36,7 +38,8 @@ def generate(
 
     Prompts are stripped of spaces only, and lose their beginning where prompt and answer would not
     fit into the context. Those of similar length run together, padded on the left; in 16-bit
-    models the padding may turn a near tie between two tokens.
+    models the padding may turn a near tie between two tokens. Where padding changes more than
+    roundings, those of one length run together.
 
     Args:
         model: A decoder-only model; it is set to evaluation mode.
@@ -72,8 +75,10 @@ def generate(
         pad_token_id=0,
     )
     answers = [""] * len(prompts)
+    sizes = [len(tokens) + max_new_tokens for tokens in encoded]
     with _plain_generation(model), fast_products(model):
-        for group in _group([len(tokens) + max_new_tokens for tokens in encoded], batch_tokens):
+        padded = _lets_padding_alone(model, encoded)
+        for group in _group(sizes, batch_tokens, padded=padded):
             inputs = _pad([encoded[i] for i in group])
             width = inputs["input_ids"].shape[1]
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -131,11 +136,39 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _group(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in groups, longest first; a group's largest size times its length is bounded."""
+def _lets_padding_alone(model: PreTrainedModel, prompts: Sequence[list[int]]) -> bool:
+    """Whether the token behind the shortest prompt has the same logits beside the longest one."""
+    if len({*map(len, prompts)}) < 2:
+        return True
+    short, long = min(prompts, key=len), max(prompts, key=len)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=1,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+    def logits(prompts: list[list[int]]) -> Tensor:
+        inputs = {name: tensor.to(model.device) for name, tensor in _pad(prompts).items()}
+        generate: Any = model.generate
+        return cast(Tensor, generate(**inputs, generation_config=config).logits[0][0].float())
+
+    alone, beside = logits([short]), logits([short, long])
+    return bool(
+        (beside - alone).norm() <= _ROUNDING[model.dtype.itemsize] * (alone - alone.mean()).norm()
+    )
+
+
+def _group(sizes: Sequence[int], batch_tokens: int, *, padded: bool) -> Iterator[list[int]]:
+    """Indices in groups, longest first; a group's largest size times its length is bounded.
+
+    Unless they may be `padded`, those of a group have one size.
+    """
     group: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if group and sizes[group[0]] * (len(group) + 1) > batch_tokens:
+        is_full = group and sizes[group[0]] * (len(group) + 1) > batch_tokens
+        if is_full or (group and sizes[i] != sizes[group[0]] and not padded):
             yield group
             group = []
         group.append(i)

@@ -39,7 +39,7 @@ class Metrics(TypedDict):
     `zero_shot` (untuned) and `test` (best weights) are on the test split, `best` and `final` on the
     validation split. `skipped` steps had a loss that was not finite or had exploded. Times and
     memory are those of the process that finished the run; `step_ms_median` is None if it did no
-    step.
+    step. `peak_rss_mb` is in 10^6 bytes.
     """
 
     model: str

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.activations import Activations, Site, run
 from dlzo.calibration import calibration_texts
 from dlzo.errors import UserError
-from dlzo.scoring import check_ids
+from dlzo.scoring import check_ids, max_length
 from dlzo.sites import Sites, find_sites
 
 Verdict = Literal["dominant", "ambiguous", "gradual", "none"]
@@ -271,8 +271,12 @@ def probe(
         tokenizer: its tokenizer; it adds a start token if that is its habit.
         texts: what to run, the built-in texts if None; of each the first 96 tokens are read.
 
+    Returns:
+        The decision, the figures of each layer and site, and what other texts would decide.
+
     Raises:
-        UserError: no text has a token, or the activations are not finite.
+        UserError: no text has a token, the activations are not finite, or a layer does not run on
+            texts alone.
     """
     encoded = calibration_tokens(model.eval(), tokenizer, texts)
     sites = find_sites(model)
@@ -301,6 +305,14 @@ def decide(absmax: Sequence[float], kurtosis: Sequence[float] | None = None) -> 
     log max|h| into low before and high from there on (the CUSUM statistic of a change in mean): a
     rise that does not last, or that a later one dwarfs, loses. The last layer is not looked at:
     nothing carries its output on, and many models rise or fall there.
+
+    Args:
+        absmax: max|h| of each layer's output, positive and finite.
+        kurtosis: of each layer's output, as many.
+
+    Returns:
+        The layer, None where there is none, with the verdict, a confidence in [0, 1], the layer
+        with the next largest jump, and the reason in words.
 
     Raises:
         UserError: a list is empty, the lengths differ, or a value is not positive and finite.
@@ -392,8 +404,8 @@ def calibration_tokens(
         UserError: no text has a token, or the tokenizer is of another model.
     """
     texts = calibration_texts() if texts is None else texts
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTHS[-1])
-    encoded = [tokenizer(text).input_ids[: min(longest, LENGTHS[-1])] for text in texts]
+    length = min(max_length(model), LENGTHS[-1])
+    encoded = [tokenizer(text).input_ids[:length] for text in texts]
     encoded = [ids for ids in encoded if ids]
     if not encoded:
         raise UserError("the calibration texts hold no token: give texts with words in them")

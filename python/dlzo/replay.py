@@ -57,17 +57,18 @@ def replay(
         )
     header, rule = reader.header, rule_in(reader.header)
     target = fitting_target(reader, model)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # fails, if at all, before a weight moves
-        rule.replay(target.modules, islice(Reader(path).steps(), until))
-        save_adapter(
-            folder,
-            target,
-            base_fingerprint=header.base_fingerprint,
-            info={**header.settings, "lr": header.lr, "seed": header.seed, "step": until},
-        )
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be written: {error}") from error
+    with target.undone_by_error():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # fails, if at all, before a weight moves
+            rule.replay(target.modules, islice(Reader(path).steps(), until))
+            save_adapter(
+                folder,
+                target,
+                base_fingerprint=header.base_fingerprint,
+                info={**header.settings, "lr": header.lr, "seed": header.seed, "step": until},
+            )
+        except OSError as error:
+            raise UserError(f"{str(folder)!r} cannot be written: {error}") from error
     return reader
 
 
@@ -127,10 +128,19 @@ def differences(header: Header, expected: Mapping[str, Any]) -> str:
     found = _with_settings({name: getattr(header, name) for name in expected})
     expected = _with_settings(expected)
     return ", ".join(
-        f"its {name.replace('_', ' ')} is {_short(found.get(name))}, not {_short(value)}"
+        _difference(name, found.get(name), value)
         for name in dict.fromkeys((*expected, *found))
         if found.get(name) != (value := expected.get(name))
     )
+
+
+def _difference(name: str, found: Any, expected: Any) -> str:
+    if name == "parameters":
+        first = min(set(found) ^ set(expected))
+        only = "it" if first in found else "the model"
+        return f"its parameters differ: only {only} tunes {first.name!r} of {first[1:]}"
+    remark = " (a setting was changed after loading?)" if name == "config_fingerprint" else ""
+    return f"its {name.replace('_', ' ')} is {_short(found)}, not {_short(expected)}{remark}"
 
 
 def _with_settings(fields: Mapping[str, Any]) -> dict[str, Any]:

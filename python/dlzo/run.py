@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from dlzo.errors import UserError
 from dlzo.files import (
     PARTIAL,
     PLOT_FORMATS,
+    delete,
     parse_json_object,
     parse_versioned,
     remove_partial_files,
@@ -43,16 +45,17 @@ def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Itera
         UserError: `out` is in use, holds something else, or cannot be written.
     """
     check_free(out, overwrite)
-    replaces = _is_result(out)
+    replaces = ""
     try:
-        if replaces:
+        if _is_result(out):
             with _locked(out):
-                _move_aside(out)
+                replaces = _move_aside(out)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
     with _locked(out):
         check_free(out, overwrite=False)
+        remove_partial_files(out)
         text = json.dumps({"version": VERSION, **settings, "replaces": replaces}, indent=2) + "\n"
         try:
             replace_file(out / SETTINGS_FILE, lambda partial: partial.write_text(text))
@@ -100,7 +103,10 @@ def read_metrics(out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return parse_json_object(path.read_bytes())
+        metrics = parse_json_object(path.read_bytes())
+        if lacking := {"zero_shot", "best", "test", "history"} - metrics.keys():
+            raise ValueError(f"it has no {min(lacking)!r}")
+        return metrics
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged ({error}): delete it, and resume") from error
 
@@ -108,13 +114,23 @@ def read_metrics(out: Path) -> dict[str, Any] | None:
 def finish(out: Path, metrics: str) -> None:
     """Writes the metrics, which make a run a finished one, and lets go of what it replaces."""
     replace_file(out / METRICS_FILE, lambda partial: partial.write_text(metrics))
-    if read_settings(out).get("replaces"):
-        shutil.rmtree(_replaced(out), ignore_errors=True)
+    replaced = _replaced(out)
+    # Since then another run may lie there, or files of others.
+    is_the_one = _is_result(replaced) and _identity(replaced) == read_settings(out).get("replaces")
+    if is_the_one and _foreign_file(replaced) is None:
+        _delete(replaced)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Raises UserError unless a run may be started in `out`."""
-    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {LOCK_FILE}):
+    if not out.exists():
+        place = next(folder for folder in out.absolute().parents if folder.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise UserError(
+                f"output {str(out)!r} cannot be written: nothing can be made in {str(place)!r}"
+            )
+        return
+    if _is_empty(out):
         return
     if not overwrite:
         go_on = " --resume it," if (out / SETTINGS_FILE).is_file() else ""
@@ -124,7 +140,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not _is_result(out):
         raise UserError(f"output {str(out)!r} is not a result of dlzo: choose another folder")
     replaced = _replaced(out)
-    if replaced.exists() and not _is_result(replaced):
+    if replaced.exists() and not (_is_result(replaced) or _is_empty(replaced)):
         raise UserError(
             f"{str(replaced)!r}, where the earlier result would be kept, is not a result of dlzo: "
             "choose another output folder"
@@ -139,6 +155,18 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 def _is_result(out: Path) -> bool:
     return (out / SETTINGS_FILE).is_file()
+
+
+def _is_empty(out: Path) -> bool:
+    """Whether a folder holds nothing, but for what a run that was killed at its start may leave."""
+    return out.is_dir() and all(
+        path.name == LOCK_FILE or PARTIAL.fullmatch(path.name) for path in out.iterdir()
+    )
+
+
+def _identity(out: Path) -> str:
+    """Which result lies in a folder."""
+    return hashlib.sha256((out / SETTINGS_FILE).read_bytes()).hexdigest()
 
 
 def _foreign_file(out: Path) -> Path | None:
@@ -157,15 +185,28 @@ def _replaced(out: Path) -> Path:
     return out.with_name(f"{out.name}.replaced")
 
 
-def _move_aside(out: Path) -> None:
-    """Keeps the last finished result, or else the last unfinished run, as OUT.replaced."""
+def _move_aside(out: Path) -> str:
+    """Keeps the last finished result, or else the last unfinished run, as OUT.replaced.
+
+    Returns:
+        Its identity.
+    """
     replaced = _replaced(out)
-    if replaced.exists() and (out / METRICS_FILE).exists():
-        shutil.rmtree(replaced)
+    if replaced.exists() and ((out / METRICS_FILE).exists() or not _is_result(replaced)):
+        _delete(replaced)
     if replaced.exists():
-        shutil.rmtree(out)
+        _delete(out)
     else:
         os.rename(out, replaced)
+    return _identity(replaced)
+
+
+def _delete(out: Path) -> None:
+    """Deletes a result, its settings last: what a kill leaves of it is still a result."""
+    for path in out.iterdir():
+        if path.name != SETTINGS_FILE:
+            delete(path)
+    shutil.rmtree(out)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.scoring.layout import Pack, pad_rows
 from dlzo.scoring.scorer import ROW_TOKENS
-from dlzo.sites import first_tensor, forward
+from dlzo.sites import check_reached, first_tensor, forward
 from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
 from dlzo_kernels import zo_step
@@ -241,6 +241,7 @@ def _hidden_states(model: PreTrainedModel, batch: Sequence[EncodedExample]) -> l
                 hook = layer.register_forward_hook(partial(record, index, pack))
                 stack.enter_context(hook)
             forward(model, pack.inputs["input_ids"])
+    check_reached(model, found)
     return [torch.cat(parts) for parts in found]
 
 

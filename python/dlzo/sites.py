@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.products import fast_products
 
@@ -56,12 +58,22 @@ def find_sites(model: PreTrainedModel) -> list[Sites]:
                     hook = partial(record, index, name)
                     stack.enter_context(module.register_forward_hook(hook))
         forward(model, tokens)
+    check_reached(model, calls)
     return [_sites(layer, called) for layer, called in zip(layers, calls, strict=True)]
+
+
+def check_reached(model: PreTrainedModel, seen: Sequence[Sized]) -> None:
+    """Raises UserError unless a forward over texts came by all layers, of which it saw these."""
+    if missed := [index for index, of_layer in enumerate(seen) if not of_layer]:
+        raise UserError(
+            f"{type(model).__name__} does not run layers {missed} on a text alone: its layers "
+            "cannot be compared, choose one of the others with --layer"
+        )
 
 
 def first_tensor(output: Any) -> Tensor | None:
     """What a layer or a part of one passes on, of all that it gives out."""
-    if isinstance(output, tuple) and output:
+    if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 

@@ -131,6 +131,12 @@ class Target:
         return [parameter.detach().clone() for parameter in self.parameters.values()]
 
     @torch.no_grad()
+    def keep(self, weights: Iterable[torch.Tensor]) -> None:
+        """Makes a copy that of the weights as they are now."""
+        for parameter, kept in zip(self.parameters.values(), weights, strict=True):
+            kept.copy_(parameter)
+
+    @torch.no_grad()
     def restore(self, weights: Iterable[torch.Tensor]) -> None:
         """Makes the weights those of a copy."""
         for parameter, kept in zip(self.parameters.values(), weights, strict=True):
@@ -180,7 +186,9 @@ def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, parameter in module.named_parameters():
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            if parameter.is_meta:  # its values are loaded for each forward
+                continue
             tensor = parameter.detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

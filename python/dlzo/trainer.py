@@ -51,7 +51,7 @@ from dlzo.run import (
 from dlzo.sampler import batch_indices, batch_of
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.step import shares_examples, take_step
-from dlzo.target import Target
+from dlzo.target import Target, weights_fingerprint
 from dlzo.tasks import (
     Example,
     Split,
@@ -96,6 +96,9 @@ def train(
         out: folder of the run; it is finished when it holds metrics.json.
         overwrite: replace an earlier result in `out`.
         on_progress: called with the history's entry of each step, and of step 0.
+
+    Returns:
+        The figures of the run, as in metrics.json.
 
     Raises:
         UserError: the configuration does not fit the model or the data, or `out` cannot be used,
@@ -144,6 +147,9 @@ def resume(
         out: folder of the run. Of a finished one, the metrics are returned as they are.
         on_progress: called with the history's entry of each step, from the last one done on.
 
+    Returns:
+        The figures of the run, as in metrics.json.
+
     Raises:
         UserError: `out` holds no run, or is in use; model or data are not those of the run.
     """
@@ -190,7 +196,7 @@ class _Run:
         self.train_set = self.scorer.encode(task.drawn(examples["train"]))
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]
-        self.header = _header(base_fields(target), config, task, fingerprint(examples))
+        self.header = _header(target, config, task, fingerprint(examples))
         self.progress = Progress()
         self.best_weights = target.weights()
         self.step_ms = array("d")
@@ -218,7 +224,7 @@ class _Run:
             with ExitStack() as stack:
                 with self.target.undone_by_error():
                     records = distributed.from_first_rank(lambda: self._open_journal(stack))
-                self._catch_up(records)
+                    self._catch_up(records)
                 if self.progress.untuned is None:
                     self._record(Event(0, "untuned", untuned or self.evaluate_untuned()))
                 if not self._is_validated(self.config.steps):
@@ -245,6 +251,8 @@ class _Run:
         # Another release of dlzo may go on with the run: its noise is checked by its version, and
         # a setting that the first one did not know is the default.
         settings = _settings(TrainConfig(self.config.task), self.task) | reader.header.settings
+        # Journals of earlier releases say nothing of weights beside the tuned ones.
+        settings.setdefault("model_fingerprint", self.header.settings["model_fingerprint"])
         found = replace(reader.header, settings=settings)
         # Nor does the name of the model matter, but its weights.
         unbound: dict[str, Any] = {
@@ -352,7 +360,11 @@ class _Run:
 
     def _keep_as_best(self) -> None:
         """Keeps the weights as they are now, in memory and as the adapter in the folder."""
-        self.best_weights = self.target.weights()
+        try:
+            self.target.keep(self.best_weights)
+        except BaseException:  # half copied, they would be those of no step
+            self.target.keep(self.best_weights)
+            raise
         if distributed.rank() != 0:
             return
         config = self.config
@@ -368,6 +380,7 @@ class _Run:
                 "eps": config.eps,
                 "lr": config.lr,
                 "batch_size": config.batch_size,
+                "model_fingerprint": self.header.settings["model_fingerprint"],
             },
         )
 
@@ -419,16 +432,15 @@ def _device_name(model: PreTrainedModel) -> str:
     return str(model.device) if distributed.size() == 1 else model.device.type
 
 
-def _header(
-    base: Mapping[str, Any], config: TrainConfig, task: Task, data_fingerprint: str
-) -> Header:
+def _header(target: Target, config: TrainConfig, task: Task, data_fingerprint: str) -> Header:
     return Header(
-        **base,
+        **base_fields(target),
         data_fingerprint=data_fingerprint,
         directions=config.directions,
         lr=float(config.lr),
         seed=config.seed,
-        settings=_settings(config, task),
+        settings=_settings(config, task)
+        | {"model_fingerprint": weights_fingerprint([target.model])},
     )
 
 

@@ -51,7 +51,7 @@ def encode(
         length = len(tokens) - prompt_length
         if not 0 < length < min(len(tokens), limit):
             raise UserError(
-                f"option {option!r} of the prompt {example.prompt[:60]!r} takes {length} of "
+                f"option {option[:60]!r} of the prompt {example.prompt[:60]!r} takes {length} of "
                 f"{len(tokens)} tokens: option and prompt need at least one each, and the "
                 f"option fewer than {limit}"
             )
@@ -88,7 +88,13 @@ def check_ids(
 
 def max_length(model: PreTrainedModel) -> int:
     """The most tokens of a text: MeZO's limit, or the model's own where that is lower."""
-    return min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    config = model.config.get_text_config(decoder=True)
+    # MPT's is the second; beyond the last, LongRoPE turns all texts of a forward otherwise.
+    names = ["max_position_embeddings", "max_seq_len"]
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        names.append("original_max_position_embeddings")
+    lengths = (getattr(config, name, None) for name in names)
+    return min(length for length in (MAX_LENGTH, *lengths) if length is not None)
 
 
 def truncate(tokens: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:

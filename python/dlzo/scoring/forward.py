@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dlzo.errors import UserError
 
 State = Callable[[], AbstractContextManager[object]]
+Beside = tuple[None, ...] | list[None]  # what a layer gives beside the hidden state, left empty
 
 
 class ReachedLayerError(Exception):
@@ -45,9 +47,14 @@ def under_states(
         states: Each puts the layer's weights into one state.
         hidden: What the layer sees in place of its input; None leaves its input.
     """
-    forward = layer.forward
+    forward, calls = layer.forward, count(1)
 
     def under_each(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) > 1:
+            raise UserError(
+                "the tuned layer runs more than once in a forward: its input cannot be given, nor "
+                "its states run side by side"
+            )
         shared = [name for name, value in kwargs.items() if isinstance(value, MutableMapping)]
         if shared and len(states) > 1:
             raise UserError(
@@ -99,12 +106,13 @@ def stopped_at(layer: nn.Module) -> AbstractContextManager[None]:
     return replaced_forward(layer, stop)
 
 
-def passed_by(layer: nn.Module, beside: tuple[None, ...] | None) -> AbstractContextManager[None]:
+def passed_by(layer: nn.Module, beside: Beside | None) -> AbstractContextManager[None]:
     """Makes `layer` give back its input, with what it gives beside it; None: a tensor alone."""
 
     def pass_on(*args: Any, **kwargs: Any) -> Any:
         hidden = _input_in(args, kwargs)
-        return hidden if beside is None else (hidden, *beside)
+        outputs: list[Any] = [hidden, *(beside or ())]
+        return hidden if beside is None else type(beside)(outputs)
 
     return replaced_forward(layer, pass_on)
 
@@ -126,8 +134,8 @@ def _stack(outputs: Sequence[Any]) -> Any:
     first = outputs[0]
     if isinstance(first, Tensor):
         return torch.cat(list(outputs)) if len(outputs) > 1 else first
-    if isinstance(first, tuple):
-        return tuple(_stack(parts) for parts in zip(*outputs, strict=True))
+    if isinstance(first, tuple | list):
+        return type(first)([_stack(parts) for parts in zip(*outputs, strict=True)])
     if all(output is None for output in outputs):
         return None
     raise UserError(

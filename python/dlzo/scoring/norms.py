@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,12 @@ def by_kernel(norms: Mapping[nn.Module, float]) -> Iterator[None]:
 def _one_by_kernel(module: nn.Module, eps: float) -> AbstractContextManager[None]:
     own_forward = module.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, *gates: Any, **named: Any) -> Tensor:
         weight = _weight(module)
         same = x.dtype is weight.dtype and x.device == weight.device
-        return rms_norm(x, weight, eps) if same else own_forward(x)
+        if gates or named or not same:
+            return own_forward(x, *gates, **named)
+        return rms_norm(x, weight, eps)
 
     return replaced_forward(module, forward)
 

@@ -17,6 +17,7 @@ from dlzo.errors import UserError
 from dlzo.files import replace_file
 from dlzo.models import decoder_layers
 from dlzo.scoring.layout import Tokens
+from dlzo_kernels import __version__
 
 
 class PrefixCache:
@@ -133,7 +134,7 @@ class FrozenWeights:
         self._fingerprint = ""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, the configuration and the version of torch.
+        """SHA-256 of the weights, the configuration and what rounds: device, threads, releases.
 
         It is computed anew when a weight has been written by an operation or replaced; writing
         through `Tensor.data` goes unseen, as in autograd.
@@ -153,11 +154,18 @@ class FrozenWeights:
         for name, parameter in self._model.named_parameters():
             if id(parameter) not in above:
                 yield name, parameter
+        # What a checkpoint has beside parameters, such as the biases that choose experts.
+        for prefix, module in self._model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}", buffer
 
     def _digest(self, parameters: list[tuple[str, Tensor]]) -> str:
         config = json.dumps(self._model.config.to_diff_dict(), sort_keys=True, default=str)
-        # Another torch may round sums otherwise.
-        digest = hashlib.sha256(f"{config} {torch.__version__}".encode())
+        # All of these may round sums otherwise.
+        attention = self._model.config._attn_implementation
+        places = self._model.device.type, torch.get_num_threads(), torch.__version__, __version__
+        digest = hashlib.sha256(f"{config} {attention} {places}".encode())
         for name, parameter in parameters:
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
             flat = parameter.detach().cpu().contiguous().flatten()

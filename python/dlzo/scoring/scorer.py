@@ -35,6 +35,7 @@ from dlzo.scoring.encoding import (
     max_length,
 )
 from dlzo.scoring.forward import (
+    Beside,
     ReachedLayerError,
     State,
     only_at,
@@ -190,8 +191,9 @@ class Scorer:
         self._norms: dict[nn.Module, float] = {}
         self._takes_input = False
         self._frozen = FrozenWeights(model, self.layer)
-        self._below: dict[nn.Module, tuple[None, ...] | None] = {}
-        self._find_what_is_allowed(cache)
+        self._below: dict[nn.Module, Beside | None] = {}
+        with self._turn:
+            self._find_what_is_allowed(cache)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """The examples as tokens, by MeZO's rule: texts are stripped of spaces only.
@@ -478,7 +480,7 @@ class Scorer:
         first, second = self._trial_text(range(12)), self._trial_text((*range(8), *range(20, 26)))
         batch = _two_options(first, second)
         plain = _plan(batch, pad_rows((first, second), row_tokens=1))
-        expected = self._scores(plain, (), normalised=True)
+        expected = self._first_scores(plain)
         side_by_side = _plan(batch, pad_rows((first, second), row_tokens=64))
         # What is not finite is told by what is scored.
         if expected.isfinite().all() and self._problem(side_by_side, (), expected) is not None:
@@ -513,6 +515,22 @@ class Scorer:
             self._takes_input = problem is None
             self.cache = cache if problem is None else None
             self.cache_problem = problem if cache is not None else self.cache_problem
+
+    def _first_scores(self, plan: Plan) -> Tensor:
+        """The scores of the weights as they are, by way of all tuned layers."""
+        reached: set[nn.Module] = set()
+        with ExitStack() as stack:
+            for layer in self.layers:
+                hook = layer.register_forward_hook(lambda layer, *_: reached.add(layer))
+                stack.enter_context(hook)
+            expected = self._scores(plan, (), normalised=True)
+        for name, module in self.model.named_modules():
+            if module in self.layers and module not in reached:
+                raise UserError(
+                    f"{type(self.model).__name__} does not run {name} on a text alone: tune "
+                    "another layer"
+                )
+        return expected
 
     def _trial_text(self, tokens: Iterable[int]) -> Tokens:
         """Tokens that the model has: one of letters may have few."""
@@ -617,9 +635,11 @@ def _is_linear(head: nn.Module | None) -> TypeGuard[nn.Linear]:
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
 
-def _beside(output: Any) -> tuple[None, ...] | None:
+def _beside(output: Any) -> Beside | None:
     """What stands beside the hidden state in a decoder layer's output, left empty; None if bare."""
-    return (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+    if not isinstance(output, tuple | list):
+        return None
+    return type(output)([None] * (len(output) - 1))
 
 
 def _plan(
