@@ -478,7 +478,7 @@ def test_exports_that_cannot_be_are_refused(run, tmp_path, finished):
     code, _, err = run("export", finished, "--out", tmp_path / "x", "--form", "pickle")
     assert code == 2 and "'pickle'" in err
     code, _, err = run("export", tmp_path, "--out", tmp_path / "x")
-    assert code == 2 and "cannot be read" in err
+    assert code == 2 and "holds no run" in err
     code, _, err = run("export", finished, "--out", tmp_path)
     assert code == 2 and "exists" in err
     assert not any(tmp_path.iterdir())
