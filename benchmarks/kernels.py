@@ -407,12 +407,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.csv"))
     out = parser.parse_args().out
-    results = Results()
+    results, by_isa = Results(), Results()
     with tempfile.TemporaryDirectory() as folder:
         limits = Limits(folder)
         bench_noise(results, limits)
         bench_perturb(results)
-        bench_isas(results)
+        bench_isas(by_isa)
         bench_threads(results)
         bench_accumulate(results)
         bench_attention(results)
@@ -423,7 +423,9 @@ def main() -> None:
         bench_pools(results, limits)
     command = f"python benchmarks/kernels.py --out {out}"
     machine = f"{processor()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
-    results.write(out, f"{date.today()}; {machine}; {command}")
+    note = f"{date.today()}; {machine}; {command}"
+    results.write(out, note)
+    by_isa.write(out.with_name(f"{out.stem}_by_isa.csv"), note)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def is_eager(*tensors: Tensor) -> bool:
 def check_range(name: str, value: int, limit: int) -> int:
     """The value as an int; raises ValueError unless 0 <= value < limit, TypeError if it is none."""
     try:
-        number = _as_int(value)
+        # operator.index would make a constant of an int that torch.compile traces.
+        number = value if isinstance(value, int) else operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
     if not 0 <= number < limit:
@@ -202,14 +203,9 @@ def mark_written(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def _as_int(value: int) -> int:
-    # operator.index would make a constant of the graph of an int that torch.compile traces.
-    return value if isinstance(value, int) else operator.index(value)
-
-
 def to_signed(value: int) -> int:
     """A 64-bit unsigned number as the int64 that an operator schema carries."""
-    value = _as_int(value)
+    value = value if isinstance(value, int) else operator.index(value)
     return value - _U64 if value >= _U64 >> 1 else value
 
 
