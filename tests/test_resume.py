@@ -307,6 +307,18 @@ def test_what_came_to_lie_where_a_result_was_kept_is_left_alone(data, tmp_path, 
         assert sorted(aside.iterdir()) == kept
 
 
+def test_a_replaced_result_that_cannot_be_deleted_stays(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    train(tiny(), TOKENIZER, SHORT, data, out)
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(run, "delete", refuse)
+    metrics = train(tiny(), TOKENIZER, SHORT, data, out, overwrite=True)
+    assert metrics["final"]["step"] == SHORT.steps and (tmp_path / "out.replaced").is_dir()
+
+
 def test_what_a_kill_leaves_is_overwritten(data, tmp_path, monkeypatch):
     out, aside = tmp_path / "out", tmp_path / "out.replaced"
     out.mkdir()

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def finish(out: Path, metrics: str) -> None:
     # Since then another run may lie there, or files of others.
     is_the_one = _is_result(replaced) and _identity(replaced) == read_settings(out).get("replaces")
     if is_the_one and _foreign_file(replaced) is None:
-        _delete(replaced)
+        with suppress(OSError):  # the run is finished all the same
+            _delete(replaced)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
