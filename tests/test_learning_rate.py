@@ -101,15 +101,18 @@ def test_more_steps_bear_a_smaller_rate(data):
         ({-1: 3, 0: 1, 1: 3}, 0, [-1, 0, 1]),
         ({-1: 2, 0: 1, 1: 1.5}, 1 / 6, [-1, 0, 1]),
         ({-3: 4, -2: 1, -1: 3, 0: 8}, -2 + 1 / 10, [-3, -2, -1, 0]),
-        ({-1: 4, 0: 3, 1: 2, 2: 1, 3: float("inf")}, 2, [0, 1, 2, 3]),
+        ({-1: 4, 0: 3, 1: 2, 2: 1, 3: float("inf")}, 2 - 3 / 10, [0, 1, 2, 3]),
+        # How it explodes does not matter.
+        ({-1: 3, 0: 1, 1: 6}, -1 / 6, [-1, 0, 1]),
+        ({-1: 3, 0: 1, 1: 1e9}, -1 / 6, [-1, 0, 1]),
         # Far too large at first: down until it helps.
-        ({-4: 4, -3: 2, -2: 9, -1: 9, 0: float("inf")}, -3 - 5 / 18, [-4, -3, -2, -1, 0]),
+        ({-4: 4, -3: 2, -2: 9, -1: 9, 0: float("inf")}, -3 - 1 / 10, [-4, -3, -2, -1, 0]),
     ],
 )
 def test_climbs_to_the_lowest_loss(losses, expected, tried):
     found = learning_rate._climb(losses.__getitem__, untuned=5)
     assert sorted(found) == tried
-    assert learning_rate._lowest(found) == pytest.approx(expected)
+    assert learning_rate._lowest(found, untuned=5) == pytest.approx(expected)
 
 
 def test_a_run_keeps_the_number_that_was_found(data, tmp_path):

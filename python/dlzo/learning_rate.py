@@ -72,7 +72,7 @@ def find_lr(
             f"lr is 'auto' and with none tried the loss falls below {untuned:.4f}: give a number "
             "as --lr, or tune another layer"
         )
-    lr = start * _FACTOR ** _lowest(losses)
+    lr = start * _FACTOR ** _lowest(losses, untuned)
     if config.steps > _BORNE * trials.steps:
         lr *= math.sqrt(_BORNE * trials.steps / config.steps)
     tried = {start * _FACTOR**power: loss for power, loss in sorted(losses.items())}
@@ -151,10 +151,13 @@ def _climb(trial: Callable[[int], float], untuned: float) -> dict[int, float]:
     return losses
 
 
-def _lowest(losses: dict[int, float]) -> float:
-    """Where a parabola through the lowest loss and its neighbours is lowest."""
+def _lowest(losses: dict[int, float], untuned: float) -> float:
+    """Where a parabola through the lowest loss and its neighbours is lowest.
+
+    How far above the untuned loss a rate explodes says nothing of where the lowest one is.
+    """
     best = min(losses, key=losses.__getitem__)
-    left, right = (losses.get(power, math.inf) - losses[best] for power in (best - 1, best + 1))
-    if not 0 < left + right < math.inf:
+    if best - 1 not in losses or best + 1 not in losses:
         return best
-    return best + (left - right) / (2 * (left + right))
+    left, right = (min(losses[best + side], untuned) - losses[best] for side in (-1, 1))
+    return best + (left - right) / (2 * (left + right)) if left + right > 0 else best
