@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -75,6 +76,16 @@ def isa(name: str) -> Iterator[None]:
         yield
     finally:
         _C.select_isa(before)
+
+
+def under_each_isa(call: Run) -> dict[str, Run]:
+    """The call under each ISA that this machine runs."""
+
+    def under(name: str) -> None:
+        with isa(name):
+            call()
+
+    return {name: partial(under, name) for name, _, runs, _ in _C.isas() if runs}
 
 
 class Limits:
@@ -162,20 +173,12 @@ def ratio(times: Times, slow: str, fast: str) -> str:
 def bench_noise(results: Results, limits: Limits) -> None:
     """Filling float32 noise, one thread: torch and each ISA."""
     z = torch.empty(LAYER)
-    names = [name for name, _, runs, _ in _C.isas() if runs]
-    runs: dict[str, Run] = {"torch normal_": lambda: z.normal_()}
-
-    def fill(name: str) -> None:
-        with isa(name):
-            dk.gaussian((LAYER,), 1)
-
-    for name in names:
-        runs[name] = lambda name=name: fill(name)
+    ours = under_each_isa(lambda: dk.gaussian((LAYER,), 1))
     with threads(1):
-        times = interleaved(runs)
+        times = interleaved({"torch normal_": lambda: z.normal_(), **ours})
         clock = limits.clock_hz()
     results.add("torch normal_ float32", 1, LAYER, times["torch normal_"])
-    for name in names:
+    for name in ours:
         cycles = clock * median(times[name]) / LAYER
         more: dict[str, object] = {"cycles": f"{cycles:.2f}", "ghz": f"{clock / 1e9:.2f}"}
         if name.startswith("avx512"):
@@ -224,19 +227,10 @@ def bench_isas(results: Results) -> None:
             lambda: dk.tree_attention(q, k, v, parents),
         ),
     }
-    names = [name for name, _, runs, _ in _C.isas() if runs]
-
-    def under(name: str, call: Run) -> None:
-        with isa(name):
-            call()
-
     for what, (elements, call) in calls.items():
-        runs: dict[str, Run] = {
-            name: lambda name=name, call=call: under(name, call) for name in names
-        }
         with threads(1):
-            times = interleaved(runs)
-        for name in names:
+            times = interleaved(under_each_isa(call))
+        for name in times:
             results.add(f"{what} bfloat16 {name}", 1, elements, times[name],
                         speedup=ratio(times, "baseline", name))  # fmt: skip
 

@@ -774,12 +774,16 @@ def test_windows_by_a_mask_are_those_of_each_state():
     assert losses == pytest.approx(plain_losses(model, byte_tokenizer(), states), abs=1e-5)
 
 
-def test_a_norm_that_takes_a_gate_is_left_to_the_model():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+class OneVector(nn.Module):
+    """What a norm has; what it does is left to the test."""
 
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+
+def test_a_norm_that_takes_a_gate_is_left_to_the_model():
+    class Gated(OneVector):
         def forward(self, x, gate=None):
             return rms_norm(x, self.weight, self.eps) * gate.to(x.dtype)
 
@@ -787,11 +791,7 @@ def test_a_norm_that_takes_a_gate_is_left_to_the_model():
 
 
 def test_a_norm_that_may_take_a_gate_is_the_kernels_without_one():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
-
+    class Gated(OneVector):
         def forward(self, x, gate=None):
             return rms_norm(x if gate is None else x * gate, self.weight, self.eps)
 

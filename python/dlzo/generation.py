@@ -79,11 +79,9 @@ def generate(
     with _plain_generation(model), fast_products(model):
         padded = _lets_padding_alone(model, encoded)
         for group in _group(sizes, batch_tokens, padded=padded):
-            inputs = _pad([encoded[i] for i in group])
-            width = inputs["input_ids"].shape[1]
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            generate: Any = model.generate
-            outputs = generate(**inputs, generation_config=config)[:, width:].tolist()
+            width = len(encoded[group[0]])  # the longest
+            found = _generate(model, [encoded[i] for i in group], config)
+            outputs = found[:, width:].tolist()
             for i, output in zip(group, outputs, strict=True):
                 tokens = list(takewhile(lambda token: token not in ends, output))
                 text = str(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -150,14 +148,19 @@ def _lets_padding_alone(model: PreTrainedModel, prompts: Sequence[list[int]]) ->
     )
 
     def logits(prompts: list[list[int]]) -> Tensor:
-        inputs = {name: tensor.to(model.device) for name, tensor in _pad(prompts).items()}
-        generate: Any = model.generate
-        return cast(Tensor, generate(**inputs, generation_config=config).logits[0][0].float())
+        return cast(Tensor, _generate(model, prompts, config).logits[0][0].float())
 
     alone, beside = logits([short]), logits([short, long])
     return bool(
         (beside - alone).norm() <= _ROUNDING[model.dtype.itemsize] * (alone - alone.mean()).norm()
     )
+
+
+def _generate(model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig) -> Any:
+    """What the model generates behind prompts that are padded on the left."""
+    inputs = {name: tensor.to(model.device) for name, tensor in _pad(prompts).items()}
+    generate: Any = model.generate
+    return generate(**inputs, generation_config=config)
 
 
 def _group(sizes: Sequence[int], batch_tokens: int, *, padded: bool) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -58,6 +59,13 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is not supported: choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def hash_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
+    """Takes name, dtype, shape and bytes of a tensor into a hash."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    flat = tensor.detach().cpu().contiguous().flatten()
+    digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

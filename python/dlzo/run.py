@@ -119,7 +119,7 @@ def finish(out: Path, metrics: str) -> None:
     is_the_one = _is_result(replaced) and _identity(replaced) == read_settings(out).get("replaces")
     if is_the_one and _foreign_file(replaced) is None:
         with suppress(OSError):  # the run is finished all the same
-            _delete(replaced)
+            _delete_result(replaced)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -194,15 +194,15 @@ def _move_aside(out: Path) -> str:
     """
     replaced = _replaced(out)
     if replaced.exists() and ((out / METRICS_FILE).exists() or not _is_result(replaced)):
-        _delete(replaced)
+        _delete_result(replaced)
     if replaced.exists():
-        _delete(out)
+        _delete_result(out)
     else:
         os.rename(out, replaced)
     return _identity(replaced)
 
 
-def _delete(out: Path) -> None:
+def _delete_result(out: Path) -> None:
     """Deletes a result, its settings last: what a kill leaves of it is still a result."""
     for path in out.iterdir():
         if path.name != SETTINGS_FILE:

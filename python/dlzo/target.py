@@ -17,7 +17,7 @@ from dlzo.channels import written_into
 from dlzo.config import PARTS
 from dlzo.errors import UserError
 from dlzo.lora import Adapters, Lora, refuse_adapters, take_out
-from dlzo.models import DTYPES, decoder_layers, layer_parts
+from dlzo.models import DTYPES, decoder_layers, hash_tensor, layer_parts
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,6 @@ def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, parameter in module.named_parameters():
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            if parameter.is_meta:  # its values are loaded for each forward
-                continue
-            tensor = parameter.detach().cpu().contiguous()
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+            if not parameter.is_meta:  # whose values are loaded for each forward
+                hash_tensor(digest, name, parameter)
     return digest.hexdigest()

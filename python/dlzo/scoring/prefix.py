@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dlzo.errors import UserError
 from dlzo.files import replace_file
-from dlzo.models import decoder_layers
+from dlzo.models import decoder_layers, hash_tensor
 from dlzo.scoring.layout import Tokens
 from dlzo_kernels import __version__
 
@@ -139,14 +139,14 @@ class FrozenWeights:
         It is computed anew when a weight has been written by an operation or replaced; writing
         through `Tensor.data` goes unseen, as in autograd.
         """
-        parameters = list(self._parameters())
-        seen = [(p.data_ptr(), 0 if p.is_inference() else p._version) for _, p in parameters]
+        tensors = list(self._tensors())
+        seen = [(t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in tensors]
         if seen != self._seen:
-            self._fingerprint = self._digest(parameters)
+            self._fingerprint = self._digest(tensors)
             self._seen = seen
         return self._fingerprint
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         layers = decoder_layers(self._model)
         own = list(layers).index(self._layer)
         above = {id(p) for layer in layers[own:] for p in layer.parameters()}
@@ -156,18 +156,16 @@ class FrozenWeights:
                 yield name, parameter
         # What a checkpoint has beside parameters, such as the biases that choose experts.
         for prefix, module in self._model.named_modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
                     yield f"{prefix}.{name}", buffer
 
-    def _digest(self, parameters: list[tuple[str, Tensor]]) -> str:
+    def _digest(self, tensors: list[tuple[str, Tensor]]) -> str:
         config = json.dumps(self._model.config.to_diff_dict(), sort_keys=True, default=str)
         # All of these may round sums otherwise.
         attention = self._model.config._attn_implementation
         places = self._model.device.type, torch.get_num_threads(), torch.__version__, __version__
         digest = hashlib.sha256(f"{config} {attention} {places}".encode())
-        for name, parameter in parameters:
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            flat = parameter.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data)
+        for name, tensor in tensors:
+            hash_tensor(digest, name, tensor)
         return digest.hexdigest()
