@@ -11,32 +11,44 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dlzo_kernels.masters import CHUNK, Tuned, adopted, move_masters
 from dlzo_kernels.ops._common import check_range
 from dlzo_kernels.ops.accumulate import check_directions
 from dlzo_kernels.ops.gaussian import gaussian
 from dlzo_kernels.ops.perturb import perturb_layer
-from dlzo_kernels.step import (
-    _LARGEST_NORMAL,
-    Layer,
-    Loss,
-    StepResult,
-    ZOStep,
-    _accumulate,
-    _adopted,
-    _Held,
-    _Tuned,
-    check_keep,
-)
+from dlzo_kernels.parameters import Layer
+from dlzo_kernels.signals import Held
+from dlzo_kernels.step import LARGEST_NORMAL, Loss, StepResult, ZOStep, check_keep
 
 # U and V of a parameter share its stream; the queries of V begin here.
 V_QUERY = 1 << 31
-# Elements of z at a time.
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+class _Factors(NamedTuple):
+    """What the factors of a step's directions are made of."""
+
+    seed: int  # of U
+    v_seed: int
+    rank: int
+
+    def z(self, t: Tuned, query: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, z of these rows, float32) of a matrix: products and sums rounded one by one."""
+        (m, n), device, stream = t.live.shape, t.live.device, t.numbering["stream"]
+        u = gaussian((m, self.rank), self.seed, stream=stream, query=query, device=device)
+        v_query = V_QUERY + query
+        v = gaussian((n, self.rank), self.v_seed, stream=stream, query=v_query, device=device)
+        height = max(1, CHUNK[device.type] // max(1, n))
+        for start in range(0, m, height):
+            rows = slice(start, start + height)
+            z = u[rows, :1] * v[:, 0]
+            for k in range(1, self.rank):
+                z += u[rows, k : k + 1] * v[:, k]
+            yield rows, z
 
 
 class LowRankStep(ZOStep):
@@ -49,7 +61,8 @@ class LowRankStep(ZOStep):
         lr: step size, >= 0.
         rank: r, of each direction, at least 1.
         v_seed: of V, in [0, 2^64).
-        options: `directions` and `weight_decay`, as in `zo_step`.
+        directions: as in `zo_step`.
+        weight_decay: as in `zo_step`.
 
     Raises:
         ValueError: as `zo_step`; or the rank is below 1, or a matrix is a DTensor.
@@ -64,20 +77,20 @@ class LowRankStep(ZOStep):
         *,
         rank: int,
         v_seed: int,
-        **options: Any,
+        directions: int = 1,
+        weight_decay: float = 0.0,
     ) -> None:
-        check_range("v_seed", v_seed, 1 << 64)
-        super().__init__(layer, seed, eps, lr, **options)
-        self._u_seed, self._v_seed, self._rank = seed, v_seed, rank
-        self._matrices, self._others = _split(self._tuned, rank)
+        self._factors = _checked(seed, v_seed, rank)
+        super().__init__(layer, seed, eps, lr, directions, weight_decay)
+        self._matrices, self._others = _split(self._tuned)
         # An element of z is a sum of `rank` products of two normals, and the update divides by it.
-        self._most /= _LARGEST_NORMAL
+        self._most /= LARGEST_NORMAL
 
     def _perturb(self, scale: float, direction: int) -> None:
         for t in self._matrices:
             # Outside the mode, torch writes no tensor that was made in it.
             with torch.inference_mode() if t.live.is_inference() else nullcontext():
-                for rows, z in _directions(t, self._u_seed, self._v_seed, self._rank, direction):
+                for rows, z in self._factors.z(t, direction):
                     t.live.detach()[rows].copy_(t.entry.master[rows] + z.mul_(scale))
         if self._others:
             perturb_layer([t.operand for t in self._others], self._seed, scale, direction)
@@ -88,7 +101,7 @@ class LowRankStep(ZOStep):
         return self._finish_here([*map(float, plus)], [*map(float, minus)], max_loss)
 
     def _move(self, scales: Sequence[float], keep: float) -> None:
-        _move(self._tuned, self._u_seed, self._v_seed, self._rank, scales, keep)
+        _move(self._matrices, self._others, self._factors, scales, keep)
 
 
 def low_rank_replay(
@@ -110,21 +123,26 @@ def low_rank_replay(
         ValueError: as LowRankStep, or a scale is not finite.
         RuntimeError: a step has the layer perturbed.
     """
-    check_range("v_seed", v_seed, 1 << 64)
+    factors = _checked(seed, v_seed, rank)
     check_keep(keep)
-    tuned = _adopted(layer)
+    tuned = adopted(layer)
     queries = range(len(scales))
     check_directions([seed] * len(scales), scales, queries, tuned[0].live.device)
-    _split(tuned, rank)
-    with _Held():
-        _move(tuned, seed, v_seed, rank, scales, keep)
+    matrices, others = _split(tuned)
+    with Held(__file__):
+        _move(matrices, others, factors, scales, keep)
 
 
-def _split(tuned: Sequence[_Tuned], rank: int) -> tuple[list[_Tuned], list[_Tuned]]:
-    """Matrices and others."""
+def _checked(seed: int, v_seed: int, rank: int) -> _Factors:
+    check_range("v_seed", v_seed, 1 << 64)
     check_range("rank", rank, 1 << 32)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
+    return _Factors(seed, v_seed, rank)
+
+
+def _split(tuned: Sequence[Tuned]) -> tuple[list[Tuned], list[Tuned]]:
+    """Matrices and others."""
     matrices = [t for t in tuned if t.live.dim() == 2]
     for t in matrices:
         # Only a DTensor has one of its own.
@@ -135,38 +153,20 @@ def _split(tuned: Sequence[_Tuned], rank: int) -> tuple[list[_Tuned], list[_Tune
 
 @torch.no_grad()
 def _move(
-    tuned: Sequence[_Tuned],
-    seed: int,
-    v_seed: int,
-    rank: int,
+    matrices: Sequence[Tuned],
+    others: Sequence[Tuned],
+    factors: _Factors,
     scales: Sequence[float],
     keep: float,
 ) -> None:
-    matrices, others = _split(tuned, rank)
     if others:
         queries = range(len(scales))
-        _accumulate(others, [seed] * len(scales), scales, queries, keep=keep)
+        move_masters(others, [factors.seed] * len(scales), scales, queries, keep=keep)
     for t in matrices:
         if keep != 1:
             t.entry.master.mul_(keep)
         for query, scale in enumerate(scales):
-            for rows, z in _directions(t, seed, v_seed, rank, query):
-                t.entry.master[rows].add_(z.mul_(scale / rank))
+            for rows, z in factors.z(t, query):
+                t.entry.master[rows].add_(z.mul_(scale / factors.rank))
         t.entry.moves += 1
-    _accumulate(matrices, [], [], [])
-
-
-def _directions(
-    t: _Tuned, seed: int, v_seed: int, rank: int, query: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, z of these rows, float32) of a matrix: products and sums rounded one by one."""
-    (m, n), device, stream = t.live.shape, t.live.device, t.numbering["stream"]
-    u = gaussian((m, rank), seed, stream=stream, query=query, device=device)
-    v = gaussian((n, rank), v_seed, stream=stream, query=V_QUERY + query, device=device)
-    height = max(1, _CHUNK[device.type] // max(1, n))
-    for start in range(0, m, height):
-        rows = slice(start, start + height)
-        z = u[rows, :1] * v[:, 0]
-        for k in range(1, rank):
-            z += u[rows, k : k + 1] * v[:, k]
-        yield rows, z
+    move_masters(matrices, [], [], [])

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
-import threading
-import weakref
-from _signal import getsignal  # that of `signal` makes an enumeration of each answer: 18 us a step
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from types import FrameType
-from typing import Any, NamedTuple, TypedDict, overload
+from typing import overload
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 
-from dlzo_kernels.ops._common import (
-    check_device_numbers,
-    check_range,
-    check_writable,
-    extent,
-    overlap,
-)
-from dlzo_kernels.ops._parts import Operand
-from dlzo_kernels.ops.accumulate import accumulate_layer, check_directions
+from dlzo_kernels.masters import adopted, move_masters, own_writes, perturbed_error, written_error
+from dlzo_kernels.ops._common import check_device_numbers, check_range
+from dlzo_kernels.ops.accumulate import check_directions
 from dlzo_kernels.ops.perturb import perturb_layer
+from dlzo_kernels.parameters import Layer
+from dlzo_kernels.signals import Held
 
-Layer = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 Loss = float | Tensor
 
-# Elements compared at a time, the step's only scratch memory; a GPU waits after each.
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
-# Whose order says nothing, or whose items are no tensors.
-_NO_LAYER = (str, bytes, dict, set, frozenset)
-_LARGEST_NORMAL = 6.77  # of noise v1: sqrt(-2 ln 2^-33) is 6.764
+LARGEST_NORMAL = 6.77  # of noise v1: sqrt(-2 ln 2^-33) is 6.764
 
 
 class StepResult:
@@ -111,6 +94,8 @@ def zo_step(
     directions: int = 1,
     weight_decay: float = 0.0,
 ) -> ZOStep: ...
+
+
 @overload
 def zo_step(
     layer: Layer,
@@ -122,6 +107,8 @@ def zo_step(
     directions: int = 1,
     weight_decay: float = 0.0,
 ) -> StepResult: ...
+
+
 def zo_step(
     layer: Layer,
     seed: int | Tensor,
@@ -144,8 +131,9 @@ def zo_step(
 
     Where the layer is on a GPU and the losses are tensors there, nothing waits for the device
     between the evaluations and the update: the projected gradient is computed there. For a CUDA
-    graph, take a whole step first, which loads the kernels; then open one before the capture, with
-    a seed in device memory, to replay with others.
+    graph, first take a whole step as the graph will, by `plus`, `minus` and `update` with a seed in
+    device memory, which loads the kernels; then open one before the capture, with the seed that
+    replays will change.
 
     Args:
         layer: a module (its parameters that require grad are tuned), a tensor, or an iterable of
@@ -197,12 +185,12 @@ class ZOStep:
         # Of numpy or torch they would make the losses' differences theirs.
         self._seed, self._eps, self._lr, self._directions = seed, float(eps), float(lr), directions
         self._weight_decay = float(weight_decay)
-        self._tuned = _adopted(layer)
+        self._tuned = adopted(layer)
         self._operands = [t.operand for t in self._tuned]
         for operand in self._operands:
             check_device_numbers("seed", seed, torch.int64, 1, operand.out.device)
         # A move that is beyond the dtype by itself is not made.
-        self._most = min(torch.finfo(o.out.dtype).max for o in self._operands) / _LARGEST_NORMAL
+        self._most = min(torch.finfo(o.out.dtype).max for o in self._operands) / LARGEST_NORMAL
         self._taken = False
 
     @contextmanager
@@ -255,14 +243,14 @@ class ZOStep:
             _check_rates(lr, self._weight_decay)
             self._lr = float(lr)
         self._taken = True
-        with _Held():
+        with Held(__file__):
             return self._finish(plus, minus, max_loss)
 
     def _run(self, closure: Callable[[], Loss]) -> StepResult:
         plus: list[Loss] = []
         minus: list[Loss] = []
         self._refuse_if_touched()
-        with _Held() as held:
+        with Held(__file__) as held:
             try:
                 with torch.no_grad():
                     for direction in range(self._directions):
@@ -282,7 +270,7 @@ class ZOStep:
         if direction not in range(self._directions):
             raise ValueError(f"direction must be in [0, {self._directions}), not {direction}")
         self._refuse_if_touched()
-        with _Held() as held:
+        with Held(__file__) as held:
             try:
                 self._write(scale, direction)
                 with held.lifted():
@@ -293,28 +281,28 @@ class ZOStep:
     def _refuse_if_touched(self) -> None:
         for t in self._tuned:
             if t.entry.perturbed is not None:
-                raise _is_perturbed(t.name)
+                raise perturbed_error(t.name)
             if t.entry.was_written(t.given) or t.entry.moves != t.moves:
-                raise _was_written(t.name)
+                raise written_error(t.name)
         self._refuse_if_elsewhere()
 
     def _refuse_if_elsewhere(self) -> None:
         """By `w.data = ...` a tensor gets other memory."""
         for t, operand in zip(self._tuned, self._operands, strict=True):
             if t.live.data_ptr() != operand.out.data_ptr():
-                raise _was_written(t.name)
+                raise written_error(t.name)
 
     def _write(self, scale: float, direction: int) -> None:
         for t in self._tuned:
             t.entry.perturbed = t.live
-        with _own_writes(self._tuned):
+        with own_writes(self._tuned):
             self._perturb(scale, direction)
 
     def _perturb(self, scale: float, direction: int) -> None:
         perturb_layer(self._operands, self._seed, scale, direction)
 
     def _restore(self) -> None:
-        _accumulate(self._tuned, [], [], [])
+        move_masters(self._tuned, [], [], [])
 
     def _finish(
         self, plus: list[Loss], minus: list[Loss], max_loss: float = math.inf
@@ -342,7 +330,7 @@ class ZOStep:
         return StepResult([*plus, *minus, *grads, applied])
 
     def _move(self, scales: Sequence[float], keep: float) -> None:
-        _accumulate(self._tuned, self._seeds(), scales, range(len(scales)), keep=keep)
+        move_masters(self._tuned, self._seeds(), scales, range(len(scales)), keep=keep)
 
     def _finish_on(self, device: torch.device, losses: Tensor, max_loss: float) -> StepResult:
         """As _finish_here, to the bit, without waiting for the device."""
@@ -360,7 +348,7 @@ class ZOStep:
             decayed = torch.full_like(scales[0], 1 - self._lr * self._weight_decay)
             keep = torch.where(gate != 0, decayed, 1.0).float()
         queries = range(self._directions)
-        _accumulate(self._tuned, self._seeds(), scales.float(), queries, gate=gate, keep=keep)
+        move_masters(self._tuned, self._seeds(), scales.float(), queries, gate=gate, keep=keep)
         return StepResult(torch.cat([losses.flatten(), grads, applied.double().view(1)]))
 
     def _seeds(self) -> Sequence[int] | Tensor:
@@ -401,10 +389,10 @@ def zo_replay(
         RuntimeError: a step has the layer perturbed.
     """
     check_keep(keep)
-    tuned = _adopted(layer)
+    tuned = adopted(layer)
     check_directions(seeds, scales, queries, tuned[0].live.device)
-    with _Held():
-        _accumulate(tuned, seeds, scales, [*map(int, queries)], keep=keep)
+    with Held(__file__):
+        move_masters(tuned, seeds, scales, [*map(int, queries)], keep=keep)
 
 
 def check_keep(keep: float) -> None:
@@ -420,284 +408,6 @@ def _check_rates(lr: float, weight_decay: float) -> None:
         raise ValueError(
             f"weight_decay must be >= 0, and below 1 when multiplied by lr, not {weight_decay}"
         )
-
-
-def _accumulate(
-    tuned: Sequence[_Tuned],
-    seeds: Sequence[int] | Tensor,
-    scales: Sequence[float] | Tensor,
-    queries: Sequence[int],
-    *,
-    gate: Tensor | None = None,
-    keep: float | Tensor = 1.0,
-) -> None:
-    """Moves the masters along the directions, in order, and makes the live weights theirs."""
-    decays = isinstance(keep, Tensor) or keep != 1
-    moves = decays or len(scales) > 0
-    if decays:
-        for t in tuned:
-            if t.live.dim() > 1:
-                t.entry.master.mul_(keep)
-    with _own_writes(tuned):
-        accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
-    for t in tuned:
-        t.entry.moves += moves
-        t.entry.release(t.given)
-
-
-class _Entry:
-    """The float32 master of one parameter, and what tells whether it still speaks for it."""
-
-    def __init__(self, live: Tensor) -> None:
-        self.storage = StorageWeakRef(live.untyped_storage())
-        with torch.inference_mode(False):  # it outlives the mode
-            self.master = torch.empty(live.shape, dtype=torch.float32, device=live.device)
-        self.moves = 0  # of the master
-        self.release(live)
-
-    def release(self, given: Tensor) -> None:
-        """Notes that the live weights, given as such or in a DTensor, are those of the master."""
-        self.perturbed: Tensor | None = None  # the live weights, while they are not the master's
-        self.seen, self.version = weakref.ref(_counted(given)), _version(given)
-
-    def was_written(self, given: Tensor) -> bool:
-        """Whether somebody else wrote what was released last, by autograd."""
-        return self.seen() is _counted(given) and self.version != _version(given)
-
-    def is_up_to_date(self) -> bool:
-        """Whether nobody has written since, by autograd."""
-        seen = self.seen()
-        return seen is not None and self.version == _version(seen)
-
-    def catch_up(self) -> None:
-        """Takes the writes so far for those of steps on other weights."""
-        if (seen := self.seen()) is not None:
-            self.version = _version(seen)
-
-    def speaks_for(self, live: Tensor) -> bool:
-        """Whether the live weights are those of the master."""
-        return all(
-            torch.equal(_bits(part.to(live.dtype)), _bits(whole))
-            for whole, part in _chunks(live, self.master)
-        )
-
-
-class _Numbering(TypedDict):
-    """Which elements of noise a tensor's own are."""
-
-    stream: int
-    offset: int
-    row_stride: int | None
-
-
-@dataclass(frozen=True)
-class _Tuned:
-    name: str
-    given: Tensor  # whose writes autograd counts: a DTensor, or the live weights themselves
-    live: Tensor
-    numbering: _Numbering
-    entry: _Entry
-    moves: int  # of the master so far
-
-    @property
-    def operand(self) -> Operand:
-        return Operand(self.live.detach(), self.entry.master, **self.numbering)
-
-
-class _Key(NamedTuple):
-    """Which memory is tuned, and how it is seen."""
-
-    storage: int
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-# Threads meet in it, so it is read by way of lists. A signal could leave a lock locked.
-_entries: dict[_Key, _Entry] = {}
-
-
-def _adopted(layer: Layer) -> list[_Tuned]:
-    """What is tuned, with its masters."""
-    for key, entry in list(_entries.items()):
-        if entry.storage.expired():
-            _entries.pop(key, None)
-    collected = _collect(layer)
-    others = [live for e in list(_entries.values()) if (live := e.perturbed) is not None]
-    for name, _, live, _ in collected:
-        for other in others:
-            if live.device == other.device and live.numel() and overlap(live, other):
-                raise _is_perturbed(name)
-    return [_tuned(*item) for item in collected]
-
-
-@contextmanager
-def _own_writes(tuned: Sequence[_Tuned]) -> Iterator[None]:
-    """Views of one memory have one count of writes: these writes are none to others' masters."""
-    storages, own = {t.entry.storage.cdata for t in tuned}, {id(t.entry) for t in tuned}
-    others = [
-        entry
-        for key, entry in list(_entries.items())
-        if key.storage in storages and id(entry) not in own and entry.is_up_to_date()
-    ]
-    yield
-    for entry in others:
-        entry.catch_up()
-
-
-def _was_written(name: str) -> RuntimeError:
-    return RuntimeError(f"{name} was written since the step was opened; make another with zo_step")
-
-
-def _is_perturbed(name: str) -> RuntimeError:
-    return RuntimeError(f"{name} is perturbed by an open step; leave that first")
-
-
-def _tuned(name: str, given: Tensor, live: Tensor, numbering: _Numbering) -> _Tuned:
-    entry = _adopt(name, given, live)
-    return _Tuned(name, given, live, numbering, entry, entry.moves)
-
-
-def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:
-    """The master of a parameter: the one of the step before, where that still holds."""
-    key = _Key(
-        StorageWeakRef(live.untyped_storage()).cdata,
-        int(live.storage_offset()),
-        live.shape,
-        live.stride(),
-        live.dtype,
-    )
-    entry = _entries.get(key)
-    if entry is None or entry.was_written(given) or not entry.speaks_for(live):
-        entry = _Entry(live)
-        for whole, part in _chunks(live, entry.master):
-            if not part.copy_(whole).isfinite().all():
-                raise ValueError(f"{name} holds values that are not finite; repair it first")
-        _forget_overlapping(live, key)
-        _entries[key] = entry
-    entry.release(given)
-    return entry
-
-
-def _forget_overlapping(live: Tensor, key: _Key) -> None:
-    """Other views of this memory need masters no more: once it moves they speak for nothing."""
-    for other, entry in list(_entries.items()):
-        if other.storage != key.storage or other == key or entry.perturbed is not None:
-            continue
-        view = live.detach()
-        if other.dtype == key.dtype:
-            with suppress(RuntimeError):  # the memory has shrunk: `other` has none
-                view = view.as_strided(other.shape, other.stride, other.offset)
-        if live.numel() and overlap(live, view):
-            _entries.pop(other, None)
-
-
-def _collect(layer: Layer) -> list[tuple[str, Tensor, Tensor, _Numbering]]:
-    """(name, as given, local, numbering) of what is tuned; the stream counts frozen ones too."""
-    named: dict[int, tuple[str, Tensor]] = {}
-    tuned: set[int] = set()
-    for name, tensor, chosen in _named_tensors(layer):
-        named.setdefault(id(tensor), (name, tensor))
-        if chosen:
-            tuned.add(id(tensor))
-    found: list[tuple[str, Tensor, Tensor, _Numbering]] = []
-    for stream, (key, (name, tensor)) in enumerate(named.items()):
-        local, offset, row_stride = _shard(name, tensor)
-        _check_parameter(name, local)
-        if key in tuned:
-            numbering = _Numbering(stream=stream, offset=offset, row_stride=row_stride)
-            found.append((name, tensor, local, numbering))
-    if not found:
-        raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
-    _refuse_overlap((name, local) for name, _, local, _ in found if local.numel())
-    return found
-
-
-def _refuse_overlap(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Compares each with those alone whose range of memory it begins in."""
-    before: list[tuple[str, Tensor]] = []
-    for name, tensor in sorted(tensors, key=lambda item: item[1].data_ptr()):
-        before = [(n, t) for n, t in before if tensor.data_ptr() < t.data_ptr() + extent(t)]
-        for other, earlier in before:
-            if overlap(earlier, tensor):
-                raise ValueError(f"{other} and {name} share memory; give one of the two")
-        before.append((name, tensor))
-
-
-def _named_tensors(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, whether it is tuned): tensors that are given as such always are."""
-    if isinstance(layer, Tensor):
-        yield "the tensor", layer, True
-    elif isinstance(layer, nn.Module):
-        for name, parameter in layer.named_parameters():
-            yield name, parameter, parameter.requires_grad
-    elif isinstance(layer, Iterable) and not isinstance(layer, _NO_LAYER):
-        for i, part in enumerate(layer):
-            if not isinstance(part, Tensor | nn.Module):
-                raise TypeError(
-                    f"item {i} of the layer is a {type(part).__name__}, not a module or tensor"
-                )
-            for name, tensor, chosen in _named_tensors(part):
-                yield (f"tensor {i}" if part is tensor else f"{i}.{name}"), tensor, chosen
-    else:
-        raise TypeError(
-            f"layer is a {type(layer).__name__}; give a module, a tensor or an iterable of them"
-        )
-
-
-def _shard(name: str, tensor: Tensor) -> tuple[Tensor, int, int | None]:
-    """(shard, offset, row stride) of a DTensor in this process; any other tensor is its own."""
-    # Where nobody has imported it there is no DTensor, and importing it is slow.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(tensor, module.DTensor):
-        return tensor, 0, None
-    if not all(type(p) in (module.Shard, module.Replicate) for p in tensor.placements):
-        raise ValueError(f"{name} is placed as {tensor.placements}; only shards can be tuned")
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, live = tuple(tensor.shape), tensor.to_local().detach()
-    _, start = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    if len(shape) < 2:
-        return live, sum(start), None
-    if live.shape[1:-1] != shape[1:-1]:
-        raise ValueError(f"{name} is sharded in a middle dimension; use its first or last")
-    return live, start[0] * math.prod(shape[1:]) + start[-1], shape[-1]
-
-
-def _check_parameter(name: str, tensor: Tensor) -> None:
-    if type(tensor) not in (Tensor, nn.Parameter):
-        raise TypeError(
-            f"{name} is a {type(tensor).__name__}, not a plain tensor; de-quantise or unwrap it"
-        )
-    if tensor.is_meta:
-        raise ValueError(f"{name} is on the meta device and holds no values; load it first")
-    check_writable(name, tensor)
-
-
-def _chunks(live: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching parts of both, of about _CHUNK elements, as views."""
-    live = live.detach()
-    if live.is_contiguous():
-        live, master = live.view(-1), master.view(-1)
-    if live.numel() == 0 or live.dim() == 0:
-        return iter([(live, master)])
-    rows = max(1, _CHUNK[live.device.type] * live.shape[0] // live.numel())
-    return zip(live.split(rows), master.split(rows), strict=True)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
-
-
-def _counted(tensor: Tensor) -> Tensor:
-    """What has the tensor's count of writes, and outlives a view that is made anew each time."""
-    return tensor if tensor._base is None else tensor._base
-
-
-def _version(tensor: Tensor) -> int:
-    """Autograd's count of writes; inference tensors have none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _as_list(losses: Loss | Sequence[Loss]) -> list[Loss]:
@@ -724,70 +434,3 @@ def _number(loss: Loss) -> Loss:
     if loss.numel() != 1:
         raise ValueError(f"a loss has shape {tuple(loss.shape)}; give one number per direction")
     return loss.detach().reshape(()) if loss.is_cuda else loss.item()
-
-
-class _Held:
-    """Delays signals to the end of the block, Ctrl-C too, but for user code in it (`lifted`).
-
-    So a layer is never left half written. Only handlers in Python are stood in for: they run
-    between any two instructions of the main thread, whatever its signal mask says.
-    """
-
-    def __init__(self) -> None:
-        self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
-        self._late: list[int] = []
-        self._is_open = self._is_lifted = False
-
-    def __enter__(self) -> _Held:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                handler = getsignal(number)
-                if callable(handler):
-                    self._handlers[number] = handler
-                    signal.signal(number, self._handle)
-        self._is_open = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # First of all: from here on a signal may raise, and whoever is still in place passes it on.
-        self._is_open = False
-        for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._handle:  # unless user code has set its own
-                signal.signal(number, _still_open(number, handler))
-        for number in self._late:
-            signal.raise_signal(number)
-
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Lets signals through, late ones first, until one of them raises."""
-        self._is_lifted = True
-        try:
-            while self._late:
-                self._pass_on(self._late.pop(0), None)
-            yield
-        finally:
-            self._is_lifted = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # In the frames of `with` itself an exception could pass the restoring by.
-        in_user_code = frame is None or frame.f_code.co_filename not in _WITH
-        if self._is_open and not (self._is_lifted and in_user_code):
-            self._late.append(number)
-        else:
-            self._pass_on(number, frame)
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        lifted, self._is_lifted = self._is_lifted, False
-        self._handlers[number](number, frame)
-        self._is_lifted = lifted
-
-
-def _still_open(number: int, handler: Any) -> Any:
-    """The handler itself, or what is behind it where its block was left before this one."""
-    while isinstance(held := getattr(handler, "__self__", None), _Held) and not held._is_open:
-        handler = held._handlers[number]
-    return handler
-
-
-_SIGNALS = signal.valid_signals()
-_WITH = {contextmanager.__code__.co_filename, _Held.__init__.__code__.co_filename}

@@ -26,6 +26,8 @@ from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_p
 from transformers import PreTrainedModel
 
 import dlzo_kernels.low_rank as low_rank
+import dlzo_kernels.masters as masters
+import dlzo_kernels.parameters as parameters
 import dlzo_kernels.step as step
 from dlzo.adapter import load_adapter
 from dlzo.config import TrainConfig
@@ -185,8 +187,9 @@ def pretend() -> None:
     F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention)
     _Factories().__enter__()
     step.perturb_layer = low_rank.perturb_layer = _on_held(step.perturb_layer)
-    step.accumulate_layer = _on_held(step.accumulate_layer)
-    step._check_parameter = lambda name, tensor: None  # it refuses subclasses
+    masters.accumulate_layer = _on_held(masters.accumulate_layer)
+    parameters._check_parameter = lambda name, tensor: None  # it refuses subclasses
+    torch.cuda.get_device_name = lambda device: "a GPU that is not there"
     gaussian = low_rank.gaussian
     low_rank.gaussian = lambda *args, device, **numbers: gaussian(*args, **numbers).to(device)
 

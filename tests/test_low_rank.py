@@ -148,3 +148,13 @@ def test_a_step_is_taken_once():
     with pytest.raises(RuntimeError, match="taken already"):
         step.update(1.0, 0.5)
     assert_same_bits(w, moved)
+
+
+def test_of_two_steps_opened_on_the_same_weights_one_is_taken():
+    w = torch.ones(8, 8)
+    first, second = (LowRankStep(w, seed, 1e-1, 1.0, rank=1, v_seed=3) for seed in (1, 2))
+    assert first.update(1.0, 0.5).applied
+    moved = w.clone()
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        second.update(1.0, 0.5)
+    assert_same_bits(w, moved)

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bits import assert_same_bits, bits
-from dlzo_kernels import LowRankStep, gaussian, update_scales, zo_replay, zo_step
-from dlzo_kernels.step import _entries
+from dlzo_kernels import LowRankStep, gaussian, masters, signals, update_scales, zo_replay, zo_step
+from dlzo_kernels import step as step_module
 
 
 def layer_of(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -230,7 +230,8 @@ def step_with_blocks(layer):
 def test_a_signal_at_any_line_leaves_a_whole_layer(take):
     layer, before, after = layer_of(), copies(layer_of()), layer_of()
     take(after)
-    files = {zo_step.__code__.co_filename, contextmanager.__code__.co_filename, __file__}
+    own_files = {masters.__file__, signals.__file__, step_module.__file__}
+    files = own_files | {contextmanager.__code__.co_filename, __file__}
     own, until, ended = signal.getsignal(signal.SIGINT), 0, False
     bits_after = copies(after)
 
@@ -306,10 +307,8 @@ def test_a_failure_of_the_kernel_itself_restores(monkeypatch):
 
 
 def test_the_layer_is_passed_over_three_times(monkeypatch):
-    from dlzo_kernels import step as module
-
     passes = []
-    for name in ("perturb_layer", "accumulate_layer"):
+    for module, name in ((step_module, "perturb_layer"), (masters, "accumulate_layer")):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, real=real, name=name, **k: passes.append(name) or real(*a, **k)
@@ -353,7 +352,7 @@ def test_putting_the_old_weights_back_forgets_the_hidden_digits():
         results.append(
             next(
                 e.master.clone()
-                for e in _entries.values()
+                for e in masters._entries.values()
                 if e.seen() is not None and e.seen().data_ptr() == w.data_ptr()
             )
         )
@@ -479,11 +478,11 @@ def test_of_two_steps_opened_on_the_same_weights_one_is_taken():
 
 
 def test_overlapping_blocks_of_one_tensor_leave_one_master():
-    w, count = torch.ones(4096), len(_entries)
+    w, count = torch.ones(4096), len(masters._entries)
     zo_step([w[:8], w[16:24]], 0, 1e-3, 1e-3, closure=lambda: 0.0)
     for start in range(50):
         zo_step(w[30 + start : 1030 + start], 0, 1e-3, 1e-3, closure=lambda: 0.0)
-    assert len(_entries) <= count + 3
+    assert len(masters._entries) <= count + 3
 
 
 def test_steps_in_several_threads_do_not_meet_in_the_masters():
@@ -518,11 +517,11 @@ def test_blocks_that_are_left_in_another_order_leave_the_handler_of_signals():
 def test_masters_of_dead_tensors_are_dropped():
     w = torch.randn(64)
     zo_step(w, 1, 1e-3, 1e-3, closure=lambda: 0.0)
-    count = len(_entries)
+    count = len(masters._entries)
     del w
     other = torch.randn(65)
     zo_step(other, 1, 1e-3, 1e-3, closure=lambda: 0.0)
-    assert len(_entries) <= count
+    assert len(masters._entries) <= count
 
 
 def test_strided_tied_and_inference_tensors():

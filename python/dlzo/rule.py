@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from dlzo.config import MAX_RANK, TrainConfig
 from dlzo.errors import UserError
 from dlzo.records import Header, Step
 from dlzo.sampler import step_seed
 from dlzo_kernels import LowRankStep, ZOStep, low_rank_replay, update_scales, zo_replay, zo_step
-from dlzo_kernels.step import Layer
+from dlzo_kernels.parameters import Layer
 
 _CHUNK = 1024  # updates in one pass over the weights
 
@@ -38,11 +37,19 @@ class Rule:
     ) -> tuple[int, ZOStep]:
         """The seed of the step of that number, from 1, and the open step."""
         seed = step_seed(self.seed, number)
-        options: dict[str, Any] = {"directions": directions, "weight_decay": self.weight_decay}
-        if self.rank:
-            v_seed = self._v_seed(number)
-            return seed, LowRankStep(layer, seed, eps, lr, rank=self.rank, v_seed=v_seed, **options)
-        return seed, zo_step(layer, seed, eps, lr, **options)
+        decay = self.weight_decay
+        if not self.rank:
+            return seed, zo_step(layer, seed, eps, lr, directions=directions, weight_decay=decay)
+        return seed, LowRankStep(
+            layer,
+            seed,
+            eps,
+            lr,
+            rank=self.rank,
+            v_seed=self._v_seed(number),
+            directions=directions,
+            weight_decay=decay,
+        )
 
     def replay(self, layer: Layer, steps: Iterable[Step]) -> None:
         """Moves a layer, and its float32 master, by recorded steps.

@@ -1,0 +1,214 @@
+"""The float32 masters of tuned parameters: kept from step to step while they speak for them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from dlzo_kernels.ops._common import overlap
+from dlzo_kernels.ops._parts import Operand
+from dlzo_kernels.ops.accumulate import accumulate_layer
+from dlzo_kernels.parameters import Layer, Numbering, tuned_parameters
+
+# Elements at a time, all the scratch memory of a step; a GPU waits after each that are compared.
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+class _Entry:
+    """The float32 master of one parameter, and what tells whether it still speaks for it."""
+
+    def __init__(self, live: Tensor) -> None:
+        self.storage = StorageWeakRef(live.untyped_storage())
+        with torch.inference_mode(False):  # it outlives the mode
+            self.master = torch.empty(live.shape, dtype=torch.float32, device=live.device)
+        self.moves = 0  # of the master
+        self.release(live)
+
+    def release(self, given: Tensor) -> None:
+        """Notes that the live weights, given as such or in a DTensor, are those of the master."""
+        self.perturbed: Tensor | None = None  # the live weights, while they are not the master's
+        self.seen, self.version = weakref.ref(_counted(given)), _version(given)
+
+    def was_written(self, given: Tensor) -> bool:
+        """Whether somebody else wrote what was released last, by autograd."""
+        return self.seen() is _counted(given) and self.version != _version(given)
+
+    def is_up_to_date(self) -> bool:
+        """Whether nobody has written since, by autograd."""
+        seen = self.seen()
+        return seen is not None and self.version == _version(seen)
+
+    def catch_up(self) -> None:
+        """Takes the writes so far for those of steps on other weights."""
+        if (seen := self.seen()) is not None:
+            self.version = _version(seen)
+
+    def speaks_for(self, live: Tensor) -> bool:
+        """Whether the live weights are those of the master."""
+        return all(
+            torch.equal(_bits(part.to(live.dtype)), _bits(whole))
+            for whole, part in _chunks(live, self.master)
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned parameter, with its master."""
+
+    name: str
+    given: Tensor  # whose writes autograd counts: a DTensor, or the live weights themselves
+    live: Tensor
+    numbering: Numbering
+    entry: _Entry
+    moves: int  # of the master so far
+
+    @property
+    def operand(self) -> Operand:
+        """It as the kernels take it."""
+        return Operand(self.live.detach(), self.entry.master, **self.numbering)
+
+
+class _Key(NamedTuple):
+    """Which memory is tuned, and how it is seen."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# Threads meet in it, so it is read by way of lists. A signal could leave a lock locked.
+_entries: dict[_Key, _Entry] = {}
+
+
+def adopted(layer: Layer) -> list[Tuned]:
+    """What is tuned, with its masters."""
+    for key, entry in list(_entries.items()):
+        if entry.storage.expired():
+            _entries.pop(key, None)
+    collected = tuned_parameters(layer)
+    others = [live for e in list(_entries.values()) if (live := e.perturbed) is not None]
+    for name, _, live, _ in collected:
+        for other in others:
+            if live.device == other.device and live.numel() and overlap(live, other):
+                raise perturbed_error(name)
+    return [_tuned(*item) for item in collected]
+
+
+def move_masters(
+    tuned: Sequence[Tuned],
+    seeds: Sequence[int] | Tensor,
+    scales: Sequence[float] | Tensor,
+    queries: Sequence[int],
+    *,
+    gate: Tensor | None = None,
+    keep: float | Tensor = 1.0,
+) -> None:
+    """Moves the masters along the directions, in order, and makes the live weights theirs."""
+    decays = isinstance(keep, Tensor) or keep != 1
+    moves = decays or len(scales) > 0
+    if decays:
+        for t in tuned:
+            if t.live.dim() > 1:
+                t.entry.master.mul_(keep)
+    with own_writes(tuned):
+        accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
+    for t in tuned:
+        t.entry.moves += moves
+        t.entry.release(t.given)
+
+
+@contextmanager
+def own_writes(tuned: Sequence[Tuned]) -> Iterator[None]:
+    """Views of one memory have one count of writes: these writes are none to others' masters."""
+    storages, own = {t.entry.storage.cdata for t in tuned}, {id(t.entry) for t in tuned}
+    others = [
+        entry
+        for key, entry in list(_entries.items())
+        if key.storage in storages and id(entry) not in own and entry.is_up_to_date()
+    ]
+    yield
+    for entry in others:
+        entry.catch_up()
+
+
+def written_error(name: str) -> RuntimeError:
+    """What is raised where weights were written that an open step speaks of."""
+    return RuntimeError(f"{name} was written since the step was opened; make another with zo_step")
+
+
+def perturbed_error(name: str) -> RuntimeError:
+    """What is raised where another step has the weights perturbed."""
+    return RuntimeError(f"{name} is perturbed by an open step; leave that first")
+
+
+def _tuned(name: str, given: Tensor, live: Tensor, numbering: Numbering) -> Tuned:
+    entry = _adopt(name, given, live)
+    return Tuned(name, given, live, numbering, entry, entry.moves)
+
+
+def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:
+    """The master of a parameter: the one of the step before, where that still holds."""
+    key = _Key(
+        StorageWeakRef(live.untyped_storage()).cdata,
+        int(live.storage_offset()),
+        live.shape,
+        live.stride(),
+        live.dtype,
+    )
+    entry = _entries.get(key)
+    if entry is None or entry.was_written(given) or not entry.speaks_for(live):
+        entry = _Entry(live)
+        for whole, part in _chunks(live, entry.master):
+            if not part.copy_(whole).isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite; repair it first")
+        _forget_overlapping(live, key)
+        _entries[key] = entry
+    entry.release(given)
+    return entry
+
+
+def _forget_overlapping(live: Tensor, key: _Key) -> None:
+    """Other views of this memory need masters no more: once it moves they speak for nothing."""
+    for other, entry in list(_entries.items()):
+        if other.storage != key.storage or other == key or entry.perturbed is not None:
+            continue
+        view = live.detach()
+        if other.dtype == key.dtype:
+            with suppress(RuntimeError):  # the memory has shrunk: `other` has none
+                view = view.as_strided(other.shape, other.stride, other.offset)
+        if live.numel() and overlap(live, view):
+            _entries.pop(other, None)
+
+
+def _chunks(live: Tensor, master: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching parts of both, of about CHUNK elements, as views."""
+    live = live.detach()
+    if live.is_contiguous():
+        live, master = live.view(-1), master.view(-1)
+    if live.numel() == 0 or live.dim() == 0:
+        return iter([(live, master)])
+    rows = max(1, CHUNK[live.device.type] * live.shape[0] // live.numel())
+    return zip(live.split(rows), master.split(rows), strict=True)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    """What has the tensor's count of writes, and outlives a view that is made anew each time."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _version(tensor: Tensor) -> int:
+    """Autograd's count of writes; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
