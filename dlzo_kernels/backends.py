@@ -29,6 +29,14 @@ def backends() -> list[Backend]:
     return [*cpu, *(Backend(name, built[name], not why, why) for name, why in reasons.items())]
 
 
+def roundings(device: torch.device) -> str:
+    """What the rounding of a forward on a device depends on, beside releases and threads."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} {_gpu.why_no_triton() or 'triton'}"
+    amx = torch.cpu._is_amx_tile_supported()
+    return f"{_C.selected_isa()} {torch.backends.cpu.get_cpu_capability()} amx {amx}"
+
+
 def report() -> str:
     """The text that `python -m dlzo_kernels` prints."""
     from dlzo_kernels._version import NOISE_VERSION, __version__

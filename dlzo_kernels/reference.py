@@ -1,7 +1,7 @@
 """Noise v1 and its application, in numpy: the definition that every backend equals bit for bit.
 
-And attention over trees, which the kernel equals to rounding. Arrays only; written to be read.
-Nothing in the package calls it: the tests do.
+And attention over trees and RMS norms, which the kernels equal to rounding. Arrays only; written to
+be read. The tests call its functions; its constants are also those of the Triton kernels.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 Words = tuple[npt.NDArray[np.uint32], ...]
 
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85
+MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+WEYL = 0x9E3779B9, 0xBB67AE85
 
 
 def _f32(hexadecimal: str) -> np.float32:
@@ -20,17 +20,17 @@ def _f32(hexadecimal: str) -> np.float32:
 
 
 # log(m) = m' + m'^2 P(m'), m' = m - 1, m in [2/3, 4/3); highest power first.
-_LOG = [
+LOG = [
     _f32(c)
     for c in (
         *("-0x1.0e2994p-3", "0x1.1df3acp-3", "-0x1.f03c90p-4", "0x1.1ef186p-3", "-0x1.55b7e4p-3"),
         *("0x1.99ce44p-3", "-0x1.fffe5ep-3", "0x1.55550cp-2", "-0x1p-1"),
     )
 ]
-_LN2 = _f32("0x1.62e430p-1")
+LN2 = _f32("0x1.62e430p-1")
 # sin(pi/4 z) = z S(z^2) and cos(pi/4 z) = C(z^2) for |z| <= 1; highest power first.
-_SIN = [_f32(c) for c in ("-0x1.2d9bb8p-15", "0x1.465ec6p-9", "-0x1.4abbbap-4", "0x1.921fb6p-1")]
-_COS = [
+SIN = [_f32(c) for c in ("-0x1.2d9bb8p-15", "0x1.465ec6p-9", "-0x1.4abbbap-4", "0x1.921fb6p-1")]
+COS = [
     _f32(c)
     for c in ("0x1.d9f7bap-19", "-0x1.55c664p-12", "0x1.03c1dep-6", "-0x1.3bd3ccp-2", "0x1p0")
 ]
@@ -49,11 +49,11 @@ def philox4x32(counter: Words, seed: int) -> Words:
     key = seed & 0xFFFFFFFF, seed >> 32
     c0, c1, c2, c3 = counter
     for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = (p1 >> np.uint64(32)).astype(np.uint32) ^ c1 ^ np.uint32(key[0])
         c2 = (p0 >> np.uint64(32)).astype(np.uint32) ^ c3 ^ np.uint32(key[1])
         c1, c3 = p1.astype(np.uint32), p0.astype(np.uint32)
-        key = (key[0] + _WEYL[0]) & 0xFFFFFFFF, (key[1] + _WEYL[1]) & 0xFFFFFFFF
+        key = (key[0] + WEYL[0]) & 0xFFFFFFFF, (key[1] + WEYL[1]) & 0xFFFFFFFF
     return c0, c1, c2, c3
 
 
@@ -92,7 +92,7 @@ def radius(word: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
     exponent = (bits >> 23).astype(np.float32)
     mantissa = ((bits & 0x7FFFFF).view(np.uint32) + np.uint32(0x3F2AAAAB)).view(np.float32)
     m = mantissa - np.float32(1)
-    log = exponent * _LN2 + (_horner(_LOG, m) * (m * m) + m)
+    log = exponent * LN2 + (_horner(LOG, m) * (m * m) + m)
     return np.sqrt(log * np.float32(-2))
 
 
@@ -103,7 +103,7 @@ def sincos(
     quadrant = (word + np.uint32(0x20000000)) >> np.uint32(30)
     rest = (word - (quadrant << np.uint32(30))).view(np.int32)
     z = rest.astype(np.float32) * np.float32(2.0**-29)
-    odd, even = _horner(_SIN, z * z) * z, _horner(_COS, z * z)
+    odd, even = _horner(SIN, z * z) * z, _horner(COS, z * z)
     swap = (quadrant & 1) != 0
     sin, cos = np.where(swap, even, odd), np.where(swap, odd, even)
     return (

@@ -34,10 +34,10 @@ SCALE = 0.75
 def counter_of(words: tuple[int, int, int, int], seed: int) -> tuple[int, int, int, int]:
     """The counter whose Philox words these are: ten rounds backwards."""
     c0, c1, c2, c3 = words
-    m0, m1 = map(int, reference._MULTIPLIERS)
+    m0, m1 = map(int, reference.MULTIPLIERS)
     size = 1 << 32
     for n in reversed(range(10)):
-        k0, k1 = seed + n * reference._WEYL[0], (seed >> 32) + n * reference._WEYL[1]
+        k0, k1 = seed + n * reference.WEYL[0], (seed >> 32) + n * reference.WEYL[1]
         before0, before2 = c3 * pow(m0, -1, size) % size, c1 * pow(m1, -1, size) % size
         c1 = (c0 ^ (m1 * before2 >> 32) ^ k0) % size
         c3 = (c2 ^ (m0 * before0 >> 32) ^ k1) % size

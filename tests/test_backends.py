@@ -15,7 +15,8 @@ import torch
 import dlzo_kernels
 from dlzo_kernels import _C
 from dlzo_kernels.backends import report
-from dlzo_kernels.ops import _gpu
+from dlzo_kernels.ops import _gpu, _triton
+from dlzo_kernels.ops._parts import Directions
 
 
 def import_with(isa: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -147,7 +148,34 @@ def test_numbers_for_a_kernel_go_by_value_or_are_made_where_it_runs():
     assert found.seed == 5 and not found.seeds and len(kept) == 1
 
 
+def test_an_assembler_that_changes_bits_keeps_the_column_from_running(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.setattr(_gpu, "why_no_triton", lambda: "")
+    monkeypatch.setattr(_triton, "why_not_exact", lambda arch: f"sm_{arch} is packed")
+    assert _gpu.why_not("triton") == "sm_100 is packed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert _gpu.why_not("triton") == ""
+
+
 def test_what_a_graph_would_not_repeat_is_refused_while_one_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="keep seeds and scales in device memory"):
         _gpu.directions(torch.device("cuda"), [5, 6], range(2), 0.5)
+
+
+def test_a_step_and_what_restores_it_can_be_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    restoring = _gpu.directions(torch.device("cuda"), [], [], [])
+    assert restoring == (Directions(count=0), [])
+    seeds, scales = torch.tensor([5, 6]), torch.tensor([0.5, 0.25])
+    found, kept = _gpu.directions(torch.device("cuda"), seeds, [7, 7], scales)
+    assert found.query == 7 and not found.queries
+    assert [found.seeds, found.scales] == [x.data_ptr() for x in kept]
+
+
+def test_scales_of_both_zeros_keep_their_signs(monkeypatch):
+    monkeypatch.setattr(_gpu, "to_device", lambda numbers, device: numbers)
+    found, kept = _gpu.directions(torch.device("cpu"), [5], [0], [0.0, -0.0])
+    assert found.scales == kept[0].data_ptr()
+    assert kept[0].signbit().tolist() == [False, True]

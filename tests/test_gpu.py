@@ -248,17 +248,22 @@ def test_a_captured_step_takes_new_seeds(dtype, directions):
     def loss() -> Tensor:
         return (layer(x) - x).float().square().mean()
 
-    # A first step compiles and loads the kernels.
-    dk.zo_step(layer, 0, 1e-2, 0.0, closure=loss, directions=directions)
-    step, plus, minus = dk.zo_step(layer, seed, 1e-2, 1e-2, directions=directions), [], []
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
+    def take(step: dk.ZOStep) -> dk.StepResult:
+        plus, minus = [], []
         for k in range(directions):
             with step.plus(k):
                 plus.append(loss())
             with step.minus(k):
                 minus.append(loss())
-        result = step.update(plus, minus)
+        return step.update(plus, minus)
+
+    with torch.no_grad():
+        # The first step compiles and loads the kernels.
+        take(dk.zo_step(layer, seed, 1e-2, 0.0, directions=directions))
+        step = dk.zo_step(layer, seed, 1e-2, 1e-2, directions=directions)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = take(step)
     for number in (7, 2**63 - 1):
         seed.fill_(number)
         graph.replay()

@@ -7,6 +7,7 @@ from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example
+from dlzo_kernels import _C
 from tiny import byte_tokenizer, tiny_model
 
 EXAMPLES = [Example(f"{text} It was", (" bad", " good"), 0) for text in ("a", "bc", "def", "gh")]
@@ -88,7 +89,7 @@ def test_a_folder_gives_only_what_was_computed_among_the_same_neighbours(tmp_pat
         assert torch.equal(shared.get(tokens), alone.get(tokens))
 
 
-@pytest.mark.parametrize("other", ["family", "layer", "weights", "buffer", "threads"])
+@pytest.mark.parametrize("other", ["family", "layer", "weights", "buffer", "threads", "isa"])
 def test_hidden_states_of_other_weights_or_roundings_are_never_used(tmp_path, monkeypatch, other):
     scorer = cached_scorer(PrefixCache(0, tmp_path))
     batch = scorer.encode(EXAMPLES)
@@ -98,6 +99,8 @@ def test_hidden_states_of_other_weights_or_roundings_are_never_used(tmp_path, mo
     changed = {"family": {"family": "qwen3"}, "layer": {"layer": 3}}
     if other == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    if other == "isa":
+        monkeypatch.setattr(_C, "selected_isa", lambda: "avx1024")
     scorer = cached_scorer(later, **changed.get(other, {}))
     if other == "buffer":
         scorer.model.model.register_buffer("bias", torch.zeros(2))
@@ -151,3 +154,46 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "gone").rmdir()
     with pytest.raises(UserError, match=r"prefix cache .* cannot be written"):
         scorer.cache_prefixes(scorer.encode(EXAMPLES))
+
+
+@pytest.mark.parametrize("other", ["setting", "attention", "torch", "release"])
+def test_hidden_states_of_other_settings_are_never_used(tmp_path, monkeypatch, other):
+    scorer = cached_scorer(PrefixCache(0, tmp_path))
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    written = [*tmp_path.iterdir()]
+    scorer = cached_scorer(PrefixCache(0, tmp_path))
+    if other == "setting":
+        scorer.model.config.rms_norm_eps = 0.5
+    elif other == "attention":
+        scorer.model.config._attn_implementation = "eager"
+    elif other == "torch":
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    else:
+        monkeypatch.setattr("dlzo.scoring.prefix.__version__", "0.0")
+    scorer._frozen._seen = []
+    scorer.cache_prefixes(batch)
+    assert len([*tmp_path.iterdir()]) == 2 * len(written) > 0
+
+
+@pytest.mark.parametrize("write", ["in place", "replaced"])
+def test_weights_below_that_were_written_since_are_seen(write):
+    cache = PrefixCache(1 << 20)
+    scorer = cached_scorer(cache)
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    used, norm = cache.used_bytes, decoder_layers(scorer.model)[0].input_layernorm
+    with torch.no_grad():
+        if write == "in place":
+            norm.weight[:7] *= 3
+        else:
+            weight = norm.weight.clone()
+            weight[:7] *= 3
+            norm.weight = torch.nn.Parameter(weight)
+    cold = Scorer(scorer.model, scorer.tokenizer, scorer.layer)
+    expected = cold.losses(cold.plan(batch))
+    assert scorer.losses(scorer.plan(batch)) == pytest.approx(expected, abs=1e-6)
+    assert cache.used_bytes == 0
+    scorer.cache_prefixes(batch)
+    assert cache.used_bytes == used
+    assert scorer.losses(scorer.plan(batch)) == pytest.approx(expected, abs=1e-6)

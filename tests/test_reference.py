@@ -80,8 +80,8 @@ def test_the_telling_words_stand_where_they_are_said_to():
         assert (words[4 * (i % 2) :][:4] == np.uint32(WORDS[i // 2])).all()
 
 
-CONSTANTS = [("_LN2", 0), *(("_LOG", i) for i in range(9))]
-CONSTANTS += [*(("_SIN", i) for i in range(4)), *(("_COS", i) for i in range(5))]
+CONSTANTS = [("LN2", 0), *(("LOG", i) for i in range(9))]
+CONSTANTS += [*(("SIN", i) for i in range(4)), *(("COS", i) for i in range(5))]
 
 
 @pytest.mark.parametrize(("name", "place"), CONSTANTS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Thread
@@ -23,12 +24,14 @@ from transformers import (
 )
 
 from dlzo.errors import UserError
+from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
 from dlzo.scoring import PrefixCache, Scorer, max_length, norms
 from dlzo.scoring.norms import by_kernel, rms_norms
 from dlzo.sites import find_sites
-from dlzo.tasks import Example
+from dlzo.tasks import Example, get_task, load_split
 from dlzo_kernels import rms_norm
+from runs import TOKENIZER
 from tiny import CONFIGS, HYBRIDS, VOCABULARY, byte_tokenizer, random_model, tiny_model
 
 SENTIMENT = (" terrible", " great")
@@ -887,3 +890,17 @@ def test_layers_that_give_lists():
 )
 def test_texts_are_no_longer_than_the_models_context(config, length):
     assert max_length(SimpleNamespace(config=config)) == length
+
+
+def test_accuracy_of_a_gold_loss_is_a_share_of_the_examples(tmp_path):
+    rows = [
+        {"premise": "It fell.", "choice1": "a b c.", "choice2": "d.", "question": q, "label": i % 2}
+        for i, q in enumerate(("cause", "effect") * 3)
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    model, task = tiny_model(), get_task("copa")
+    found = evaluate(model, TOKENIZER, "copa", tmp_path)
+    scorer = Scorer(model, TOKENIZER, loss="gold")
+    batch = scorer.encode(load_split(task, tmp_path, "test"))
+    best = scorer.scores(scorer.plan(batch))[0].argmax(-1).tolist()
+    assert found["accuracy"] == sum(b == e.gold for b, e in zip(best, batch, strict=True)) / 6 > 0

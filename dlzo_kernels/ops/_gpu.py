@@ -21,7 +21,8 @@ OLDEST_TRITON = (3, 6)  # earlier ones do not compile the kernels
 def why_not(column: str) -> str:
     """Why a column cannot run here, in words; empty where it can."""
     if column == "triton":
-        return why_no_triton() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+        reason = why_no_triton() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+        return reason or _why_not_exact()
     if not hasattr(_C, "cuda"):
         return "this build has no CUDA kernels: install it where nvcc is on the PATH"
     if torch.version.hip is not None:
@@ -48,6 +49,14 @@ def why_no_triton() -> str:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {found[0]}.{found[1]} is too old: pip install 'triton>={oldest}'"
     return ""
+
+
+def _why_not_exact() -> str:
+    from dlzo_kernels.ops import _triton
+
+    major, minor = torch.cuda.get_device_capability()
+    packs_pairs = torch.version.hip is None and major >= 10
+    return _triton.why_not_exact(10 * major + minor) if packs_pairs else ""
 
 
 def has_code_for(major: int, minor: int, architectures: str) -> bool:
@@ -131,8 +140,8 @@ def directions(
 ) -> tuple[Directions, list[Tensor]]:
     """Directions for a kernel, and the tensors to keep until it is launched.
 
-    A number is for all directions and goes by value, as seeds that are equal; other sequences are
-    copied to the device.
+    A number is for all directions and goes by value, as seeds or queries that are equal; other
+    sequences are copied to the device.
 
     Raises:
         RuntimeError: a CUDA graph is captured and something has to be copied.
@@ -140,8 +149,11 @@ def directions(
     kept: list[Tensor] = []
 
     def place(values: Any, dtype: torch.dtype) -> tuple[Any, int]:
-        if isinstance(values, Sequence) and len(values) == 1:
-            values = values[0]
+        # Those of one step are equal, so that a graph can hold it; scales may be 0.0 and -0.0.
+        if isinstance(values, Sequence):
+            distinct = values if dtype is torch.float32 else set(values)
+            if len(distinct) <= 1:
+                return next(iter(values), 0), 0
         if not isinstance(values, Sequence | Tensor):
             return values, 0
         if isinstance(values, range):  # without a copy, which a graph would have to repeat
@@ -151,9 +163,6 @@ def directions(
         kept.append(values)
         return 0, values.data_ptr()
 
-    # Those of one step are equal, so that a graph can hold it.
-    if isinstance(seeds, Sequence) and len(set(seeds)) == 1:
-        seeds = seeds[0]
     seed, seeds_at = place(seeds, torch.uint64)
     query, queries_at = place(queries, torch.uint32)
     scale, scales_at = place(scales, torch.float32)

@@ -60,13 +60,28 @@ class Plan(NamedTuple):
 
 
 def launch(plans: Iterable[Plan], device: torch.device) -> None:
-    """Enqueues kernels on torch's current stream of the device; waits for nothing."""
+    """Enqueues kernels on torch's current stream of the device; waits for nothing.
+
+    Raises:
+        RuntimeError: triton cannot compile one here.
+    """
     with torch.cuda.device(device):
         for plan in plans:
             types = tuple(map(type_of, plan.arguments))
             constants = tuple(plan.constants.items())
-            kernel = _compiled(plan.kernel, types, constants, plan.num_warps, plan.exact, device)
-            kernel[plan.grid, 1, 1](*plan.arguments, *plan.constants.values())
+            try:
+                kernel = _compiled(
+                    plan.kernel, types, constants, plan.num_warps, plan.exact, device
+                )
+                kernel[plan.grid, 1, 1](*plan.arguments, *plan.constants.values())
+            except RuntimeError:
+                raise
+            # Compilers that fail and registers that do not suffice have nothing else in common.
+            except Exception as error:
+                raise RuntimeError(
+                    f"Triton cannot compile its kernels here ({error}): mend its installation, or "
+                    "uninstall triton"
+                ) from error
 
 
 @functools.cache
@@ -94,7 +109,7 @@ def compile_for(
     """Compiles a kernel for a triton GPUTarget, or for the current device where that is None.
 
     Raises:
-        RuntimeError: Triton's assembler would change bits that are promised.
+        RuntimeError: triton's assembler would change bits that are promised.
     """
     names, all_types = kernel.arg_names, types + ("constexpr",) * len(constants)
     source = triton.compiler.ASTSource(kernel, dict(zip(names, all_types, strict=True)), constants)
@@ -106,16 +121,23 @@ def compile_for(
 
 
 def _check_assembler(arch: int) -> None:
+    if reason := why_not_exact(arch):
+        raise RuntimeError(reason)
+
+
+def why_not_exact(arch: int) -> str:
+    """Why the assembler changes bits where it packs pairs of numbers; empty where it does not."""
     # Older ones fuse packed products and sums, in spite of .rn and --fmad=false.
     get_ptxas = triton.backends.nvidia.compiler.get_ptxas
     # Older versions of Triton have one for all architectures.
     tool = get_ptxas(arch) if signature(get_ptxas).parameters else get_ptxas()
     version = tool.version
-    if tuple(map(int, version.split("."))) < (13, 4):
-        raise RuntimeError(
-            f"the ptxas {version} that Triton uses for sm_{arch} changes the bits of the noise; "
-            "install a Triton that brings ptxas 13.4 or newer, or use the CUDA kernels"
-        )
+    if tuple(map(int, version.split("."))) >= (13, 4):
+        return ""
+    return (
+        f"the ptxas {version} that Triton uses for sm_{arch} changes the bits of the noise; "
+        "install a Triton that brings ptxas 13.4 or newer, or use the CUDA kernels"
+    )
 
 
 def type_of(argument: Any) -> Any:
@@ -127,13 +149,13 @@ def type_of(argument: Any) -> Any:
 
 # Noise v1 as kernels compute it. dlzo_kernels/reference.py is the definition; the forms here are
 # equal to it bit for bit and save instructions by exact power-of-two scalings, as csrc/noise.h.
-_MULTIPLIERS = constant(tuple(int(m) for m in reference._MULTIPLIERS))
-_WEYL = constant(reference._WEYL)
+_MULTIPLIERS = constant(tuple(int(m) for m in reference.MULTIPLIERS))
+_WEYL = constant(reference.WEYL)
 # -2 ln m = g + g^2 P(g) with g = -2 (m - 1): the reference's polynomial, scaled power by power.
-_LOG = constant(tuple(-2 * float(c) * (-0.5) ** (10 - k) for k, c in enumerate(reference._LOG)))
-_MINUS_2_LN2 = constant(-2 * float(reference._LN2))
-_SIN = constant(tuple(map(float, reference._SIN)))
-_COS = constant(tuple(map(float, reference._COS)))
+_LOG = constant(tuple(-2 * float(c) * (-0.5) ** (10 - k) for k, c in enumerate(reference.LOG)))
+_MINUS_2_LN2 = constant(-2 * float(reference.LN2))
+_SIN = constant(tuple(map(float, reference.SIN)))
+_COS = constant(tuple(map(float, reference.COS)))
 
 
 @jit

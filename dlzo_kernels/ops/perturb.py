@@ -163,7 +163,7 @@ def _for_schema(
 
 
 def perturb_layer(
-    operands: Sequence[Operand], seed: int | Tensor, scale: float | Tensor, query: int = 0
+    operands: Sequence[Operand], seed: int | Tensor, scale: float | Tensor, query: int
 ) -> None:
     """`perturb_into` for each tensor of a layer; on a GPU, all of one kind in one launch."""
     for (device, out_dtype, base_dtype), alike in by_kind(operands).items():

@@ -86,12 +86,12 @@ def tree_attention(
             "query, key or value requires a gradient, which tree_attention has not: "
             "call it under torch.no_grad()"
         )
-    scale = max((1, *query.shape[-1:])) ** -0.5 if scale is None else scale
+    scale = max((1, *query.shape[-1:])) ** -0.5 if scale is None else float(scale)
     window = _NO_WINDOW if window is None else window
     check_range("window", window, 1 << 63)
     if softcap is not None and not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"softcap must be between 1e-30 and 1e30, not {softcap}")
-    softcap = 0.0 if softcap is None else softcap
+    softcap = 0.0 if softcap is None else float(softcap)
     arguments = (query, key, value, parents, scale, window, softcap)
     if is_eager(query, key, value, parents):
         return _tree_attention(*arguments)

@@ -70,7 +70,7 @@ def quotients(sums: Sequence[float], weights: Sequence[float]) -> list[float]:
 
     A weight of 0 is one that another rank has. One all-reduce, in float64.
     """
-    both = torch.tensor([sums, weights], dtype=torch.float64)
+    both = torch.tensor([sums, weights], dtype=torch.float64, device="cpu")
     if size() > 1:
         with _reaching_all():
             dist.all_reduce(both)

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,17 @@ def test_an_assembler_that_fuses_packed_products_is_refused(monkeypatch):
         monkeypatch.setattr(compiler, "get_ptxas", get_ptxas)
         with pytest.raises(RuntimeError, match=r"ptxas 13\.0 that Triton uses for sm_100 changes"):
             check(100)
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "gcc"), OSError("no ptxas")])
+def test_a_toolchain_that_fails_is_told_as_one_kind_of_error(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(_triton, "_compiled", fail)
+    with pytest.raises(RuntimeError, match="Triton cannot compile its kernels here"):
+        _triton.launch([NOISE_PLANS["perturb_bfloat16_bfloat16"]], torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", NOISE_PLANS)

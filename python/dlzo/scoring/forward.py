@@ -43,9 +43,9 @@ def under_states(
     """Makes `layer` map a batch to its outputs under all states, one after the other.
 
     Args:
-        layer: The tuned decoder layer.
-        states: Each puts the layer's weights into one state.
-        hidden: What the layer sees in place of its input; None leaves its input.
+        layer: the tuned decoder layer.
+        states: each puts the layer's weights into one state.
+        hidden: what the layer sees in place of its input; None leaves its input.
     """
     forward, calls = layer.forward, count(1)
 
@@ -78,14 +78,14 @@ def only_at(
     """Makes `module`, which maps each position by itself, compute some, and give zeros elsewhere.
 
     Args:
-        module: Maps tensors of shape (states * rows, length, hidden size) to one such tensor.
-        rows: The rows of one state.
+        module: maps tensors of shape (states * rows, length, hidden size) to one such tensor.
+        rows: the rows of one state.
         row: int64, of each position that is computed, its row under one state.
         column: int64, its place in the row.
-        multiple_of: How many are computed is a multiple of this; some are then computed twice.
+        multiple_of: how many are computed is a multiple of this; some are then computed twice.
     """
     forward = module.forward
-    filled = torch.arange(len(row) + -len(row) % multiple_of) % len(row)
+    filled = torch.arange(len(row) + -len(row) % multiple_of, device=row.device) % len(row)
 
     def at_some(*inputs: Tensor) -> Tensor:
         chosen = (x.unflatten(0, (-1, rows))[:, row[filled], column[filled]] for x in inputs)

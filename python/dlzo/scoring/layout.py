@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import TypeVar
 
@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 Tokens = tuple[int, ...]
 Item = TypeVar("Item")
+# Plans lie there, whatever device torch was told to make tensors on.
+on_cpu = partial(torch.tensor, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class Tree:
     @cached_property
     def ancestors(self) -> Tensor:
         """Whether a token is another one's ancestor or itself: bool, the descendants in rows."""
-        mask = torch.eye(len(self.tokens), dtype=torch.bool)
+        mask = torch.eye(len(self.tokens), dtype=torch.bool, device="cpu")
         for i, parent in enumerate(self.parents):
             if parent >= 0:
                 mask[i] |= mask[parent]
@@ -53,7 +55,7 @@ class Tree:
 
     def ancestors_within(self, window: int) -> Tensor:
         """The same for the last `window` tokens of a sequence, the descendant among them."""
-        depths = torch.tensor(self.depths)
+        depths = on_cpu(self.depths)
         return self.ancestors & (depths[:, None] - depths < window)
 
 
@@ -96,7 +98,7 @@ def _grow(members: list[tuple[Tokens, int]]) -> Tree:
             parents.append(path[-1] if path else -1)
             path.append(len(tokens))
             tokens.append(token)
-        paths[sequence] = torch.tensor(path)
+        paths[sequence] = on_cpu(path)
     depths: list[int] = []
     for parent in parents:
         depths.append(depths[parent] + 1 if parent >= 0 else 0)
@@ -139,8 +141,8 @@ def pack_trees(trees: Sequence[Tree], row_tokens: int, multiple_of: int = 1) -> 
             places |= {sequence: (0, path + start) for sequence, path in tree.paths.items()}
             start += len(tree.tokens)
         inputs = {
-            "input_ids": torch.tensor([[token for tree in group for token in tree.tokens]]),
-            "position_ids": torch.tensor([[depth for tree in group for depth in tree.depths]]),
+            "input_ids": on_cpu([[token for tree in group for token in tree.tokens]]),
+            "position_ids": on_cpu([[depth for tree in group for depth in tree.depths]]),
         }
         yield Pack(inputs, places, tuple(group))
 
@@ -152,8 +154,11 @@ def pad_rows(sequences: Iterable[Tokens], row_tokens: int) -> Iterator[Pack]:
     """
     by_length = sorted(set(sequences), key=lambda tokens: (len(tokens), tokens))
     for group in _groups(by_length, _padded_tokens, row_tokens):
-        places = {tokens: (row, torch.arange(len(tokens))) for row, tokens in enumerate(group)}
-        padded = pad_sequence([torch.tensor(tokens) for tokens in group], batch_first=True)
+        places = {
+            tokens: (row, torch.arange(len(tokens), device="cpu"))
+            for row, tokens in enumerate(group)
+        }
+        padded = pad_sequence([*map(on_cpu, group)], batch_first=True)
         yield Pack({"input_ids": padded}, places, None)
 
 

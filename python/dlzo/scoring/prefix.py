@@ -18,6 +18,7 @@ from dlzo.files import replace_file
 from dlzo.models import decoder_layers, hash_tensor
 from dlzo.scoring.layout import Tokens
 from dlzo_kernels import __version__
+from dlzo_kernels.backends import roundings
 
 
 class PrefixCache:
@@ -27,8 +28,8 @@ class PrefixCache:
     policy would hit more often.
 
     Args:
-        memory_bytes: The most memory for hidden states.
-        folder: Where those beyond it are written, and found again by later runs; made if it is
+        memory_bytes: the most memory for hidden states.
+        folder: where those beyond it are written, and found again by later runs; made if it is
             missing; None keeps none.
 
     Raises:
@@ -73,9 +74,9 @@ class PrefixCache:
         """Keeps the hidden states of a sequence, shape (tokens, hidden size), where there is room.
 
         Args:
-            tokens: The sequence.
-            hidden: Its hidden states.
-            neighbours: What names the other sequences of its forward, on which their bits depend.
+            tokens: the sequence.
+            hidden: its hidden states.
+            neighbours: what names the other sequences of its forward, on which their bits depend.
 
         Raises:
             UserError: the folder cannot be written.
@@ -134,7 +135,9 @@ class FrozenWeights:
         self._fingerprint = ""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, the configuration and what rounds: device, threads, releases.
+        """SHA-256 of the weights, the configuration and what rounds.
+
+        That is the device with its instruction sets, the number of threads and the releases.
 
         It is computed anew when a weight has been written by an operation or replaced; writing
         through `Tensor.data` goes unseen, as in autograd.
@@ -164,8 +167,9 @@ class FrozenWeights:
         config = json.dumps(self._model.config.to_diff_dict(), sort_keys=True, default=str)
         # All of these may round sums otherwise.
         attention = self._model.config._attn_implementation
-        places = self._model.device.type, torch.get_num_threads(), torch.__version__, __version__
-        digest = hashlib.sha256(f"{config} {attention} {places}".encode())
+        device, releases = self._model.device, (torch.__version__, __version__)
+        rounding = device.type, roundings(device), torch.get_num_threads(), *releases
+        digest = hashlib.sha256(f"{config} {attention} {rounding}".encode())
         for name, tensor in tensors:
             hash_tensor(digest, name, tensor)
         return digest.hexdigest()

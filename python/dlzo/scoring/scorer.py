@@ -6,8 +6,6 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from itertools import chain, count
 from typing import Any, TypeGuard, get_args
 from weakref import WeakKeyDictionary
 
@@ -44,8 +42,9 @@ from dlzo.scoring.forward import (
     stopped_at,
     under_states,
 )
-from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
+from dlzo.scoring.layout import Pack, Tokens, grow_trees, on_cpu, pack_trees, pad_rows
 from dlzo.scoring.norms import by_kernel, rms_norms
+from dlzo.scoring.plan import Plan, Readout, gold_of, ids_in, plan_of
 from dlzo.scoring.prefix import FrozenWeights, PrefixCache
 from dlzo.tasks import Example, TrainingLoss
 
@@ -63,82 +62,6 @@ _LED_ASTRAY = (
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class _Readout:
-    """Where the scored tokens of a pack lie: int64 tensors.
-
-    `row` and `column` give the distinct positions whose output is read; the other three, with one
-    entry a token, its position among these, its id and the number of its option in the batch.
-    """
-
-    row: Tensor
-    column: Tensor
-    position: Tensor
-    target: Tensor
-    option: Tensor
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a batch is scored; made by `Scorer.plan`, good for any number of steps.
-
-    Attributes:
-        batch: the examples.
-        packs: the inputs of the forwards, one each.
-        readouts: where the scored tokens of each pack lie.
-        notes: what is shared, and what this model does not allow.
-    """
-
-    batch: tuple[EncodedExample, ...]
-    packs: tuple[Pack, ...]
-    readouts: tuple[_Readout, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def positions(self) -> int:
-        """Positions that a layer computes under one state, padding included."""
-        return sum(pack.positions for pack in self.packs)
-
-    @property
-    def padded_positions(self) -> int:
-        """Positions of the plain loop: a row for each option's whole text, all padded alike."""
-        lengths = [
-            len(example.sequences[option.sequence]) + 1
-            for example in self.batch
-            for option in example.options
-        ]
-        return max(lengths) * len(lengths)
-
-    @property
-    def one_token_options(self) -> bool:
-        """Whether the options of each example are single tokens at one position.
-
-        Then their common normaliser has no effect on losses and choices.
-        """
-        return all(
-            len(example.sequences) == 1 and all(len(o.targets) == 1 for o in example.options)
-            for example in self.batch
-        )
-
-    def explain(self) -> str:
-        """What is computed, and what is shared, in a few lines."""
-        tokens = sum(len(tokens) for pack in self.packs for tokens in pack.places)
-        options = sum(len(example.options) for example in self.batch)
-        head = sum(len(readout.row) for readout in self.readouts)
-        rows = "the option tokens' rows" if self.one_token_options else "all rows"
-        return "\n".join(
-            (
-                f"{len(self.batch)} examples, {options} options, "
-                f"{sum(len(pack.places) for pack in self.packs)} distinct sequences of {tokens} "
-                f"tokens",
-                f"{self.positions} positions in {len(self.packs)} forwards; a plain padded batch "
-                f"has {self.padded_positions}",
-                f"output embeddings: {rows} at {head} positions",
-                *self.notes,
-            )
-        )
-
-
 class Scorer:
     """Scores examples with a causal language model, under any number of states of its weights.
 
@@ -150,13 +73,13 @@ class Scorer:
     found by scoring a few tokens both ways.
 
     Args:
-        model: Any decoder-only transformers model; it is set to evaluation mode.
-        tokenizer: Its tokenizer.
-        layer: The tuned decoder layer, or several; with none a state may change any weight.
+        model: any decoder-only transformers model; it is set to evaluation mode.
+        tokenizer: its tokenizer.
+        layer: the tuned decoder layer, or several; with none a state may change any weight.
         loss: "options": cross-entropy over the options' mean log-probabilities; "gold": mean
             cross-entropy over the tokens of all gold options (MeZO, arXiv 2305.17333).
-        cache: Keeps the tuned layer's inputs; filled by `cache_prefixes`.
-        row_tokens: The most tokens in one forward, unless a single tree is larger; by default 2048
+        cache: keeps the tuned layer's inputs; filled by `cache_prefixes`.
+        row_tokens: the most tokens in one forward, unless a single tree is larger; by default 2048
             in 16 bits, 1024 in float32.
     """
 
@@ -176,6 +99,11 @@ class Scorer:
         self.layer = self._lowest_layer()
         if loss not in get_args(TrainingLoss):
             raise UserError(f"loss is {loss!r}: choose {' or '.join(get_args(TrainingLoss))}")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UserError(
+                f"weights of this {type(model).__name__} are loaded for each forward, and scoring "
+                "needs all of them in memory: load it on one device"
+            )
         self.loss = loss
         self.row_tokens = row_tokens or ROW_TOKENS[model.dtype.itemsize]
         self.max_length = max_length(model)
@@ -204,7 +132,7 @@ class Scorer:
         """
         check_tokenizer(self.tokenizer)
         encoded = [encode(self.tokenizer, example, self.max_length) for example in examples]
-        check_ids(self.model, self.tokenizer, _ids(encoded))
+        check_ids(self.model, self.tokenizer, ids_in(encoded))
         return encoded
 
     def plan(self, batch: Sequence[EncodedExample]) -> Plan:
@@ -213,7 +141,7 @@ class Scorer:
         cache = self._bound_cache()
         cached = {tokens for tokens in sequences if cache is not None and tokens in cache}
         packs = (*self._lay_out(cached), *self._lay_out(sequences - cached))
-        return _plan(batch, packs, self._notes(len(cached)))
+        return plan_of(batch, packs, self._notes(len(cached)))
 
     def scores(self, plan: Plan, states: Sequence[State] = ()) -> Tensor:
         """The options' mean log-probabilities under each state, or under the weights as they are.
@@ -242,7 +170,7 @@ class Scorer:
         Of equal scores the first option counts.
         """
         scores = self._scores(plan, (), self._needs_normaliser(plan))
-        hits = scores[0].argmax(dim=-1) == _gold(plan.batch)
+        hits = scores[0].argmax(dim=-1) == gold_of(plan.batch)
         (total,), weight = self._loss_sums(scores, plan)
         return int(hits.sum()), total, weight
 
@@ -277,13 +205,13 @@ class Scorer:
         return self.loss == "gold" or not plan.one_token_options
 
     def _loss_sums(self, scores: Tensor, plan: Plan) -> tuple[list[float], int]:
-        gold = _gold(plan.batch)
+        gold = gold_of(plan.batch)
         scores = scores.double()
         if self.loss == "options":
             sums = [F.cross_entropy(by_example, gold, reduction="sum") for by_example in scores]
             return [total.item() for total in sums], len(gold)
-        tokens = torch.tensor([len(e.options[e.gold].targets) for e in plan.batch])
-        means = scores[:, torch.arange(len(gold)), gold]
+        tokens = on_cpu([len(e.options[e.gold].targets) for e in plan.batch])
+        means = scores.gather(-1, gold.expand(len(scores), -1)[..., None])[..., 0]
         return (-(means * tokens).sum(-1)).tolist(), int(tokens.sum())
 
     def _lay_out(self, sequences: set[Tokens]) -> Iterator[Pack]:
@@ -336,7 +264,7 @@ class Scorer:
         sums = log_probs.new_zeros(len(log_probs), option_count).index_add_(1, option, log_probs)
         means = sums / torch.bincount(option, minlength=option_count)
         width = max(len(example.options) for example in plan.batch)
-        present = torch.tensor([[i < len(e.options) for i in range(width)] for e in plan.batch])
+        present = on_cpu([[i < len(e.options) for i in range(width)] for e in plan.batch])
         scores = means.new_full((len(means), *present.shape), -torch.inf)
         scores[:, present] = means
         return scores
@@ -379,7 +307,7 @@ class Scorer:
     def _pack_log_probs(
         self,
         pack: Pack,
-        readout: _Readout,
+        readout: Readout,
         states: Sequence[State],
         normalised: bool,
         hidden: Tensor | None,
@@ -403,14 +331,14 @@ class Scorer:
         if logits.shape[:-1] != (1, state_count * len(readout.row)):
             raise self._unsupported("does not apply its output embeddings once to all tokens")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits[0].unflatten(0, (state_count, -1)).cpu()
+        logits = logits[0].unflatten(0, (state_count, -1))
         found = logits[:, readout.position, column if restricted else readout.target]
-        if restricted:
-            return found
-        return found - logits.logsumexp(-1)[:, readout.position]
+        if not restricted:
+            found = found - logits.logsumexp(-1)[:, readout.position]
+        return found.cpu()
 
     def _head_at(
-        self, pack: Pack, readout: _Readout, states: int, vocabulary: Tensor, restricted: bool
+        self, pack: Pack, readout: Readout, states: int, vocabulary: Tensor, restricted: bool
     ) -> AbstractContextManager[None]:
         """Lets the model apply its head to the read positions only, and sharper.
 
@@ -428,6 +356,7 @@ class Scorer:
             hidden = hidden.flatten(0, 1)[None]
             if not _is_linear(head):
                 return own_forward(hidden)
+            hidden = hidden.to(head.weight.device)  # of several GPUs another one, perhaps
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             bias = None if head.bias is None else head.bias[vocabulary].to(dtype)
             with torch.autocast(hidden.device.type, enabled=False):
@@ -466,7 +395,7 @@ class Scorer:
         if cache is None:
             return None
         shape = (*pack.inputs["input_ids"].shape, self._hidden_size)
-        hidden = torch.zeros(shape, dtype=self.model.dtype)
+        hidden = torch.zeros(shape, dtype=self.model.dtype, device="cpu")
         for tokens, (row, columns) in pack.places.items():
             cached = cache.get(tokens)
             if cached is None:
@@ -479,9 +408,9 @@ class Scorer:
         """Scores a few tokens in the plainest way and in the better ones."""
         first, second = self._trial_text(range(12)), self._trial_text((*range(8), *range(20, 26)))
         batch = _two_options(first, second)
-        plain = _plan(batch, pad_rows((first, second), row_tokens=1))
+        plain = plan_of(batch, pad_rows((first, second), row_tokens=1))
         expected = self._first_scores(plain)
-        side_by_side = _plan(batch, pad_rows((first, second), row_tokens=64))
+        side_by_side = plan_of(batch, pad_rows((first, second), row_tokens=64))
         # What is not finite is told by what is scored.
         if expected.isfinite().all() and self._problem(side_by_side, (), expected) is not None:
             raise self._unsupported("looks at the tokens after a position or at other rows")
@@ -489,7 +418,7 @@ class Scorer:
         if self._problem(plain, (), expected) is not None:
             self._norms = {}
         self.mlp_problem = self._find_last_mlp(plain, expected)
-        best = _plan(batch, self._lay_out({first, second}))
+        best = plan_of(batch, self._lay_out({first, second}))
         self.trees_problem = (
             hides_tokens(self.model, CHUNKS, self.max_length)
             or self._problem(best, (), expected)
@@ -502,7 +431,7 @@ class Scorer:
             shared = f"{name} shares weights with a tuned layer"
             self.states_problem, self.cache_problem = shared, shared
             return
-        best = _plan(batch, self._lay_out({first, second}))
+        best = plan_of(batch, self._lay_out({first, second}))
         if len(self.layers) > 1:
             self.states_problem = f"{len(self.layers)} layers are tuned"
         else:
@@ -576,7 +505,7 @@ class Scorer:
             # Other targets would change which logits are sharp.
             options = (Option(0, second[-4:]), Option(1, second[-4:]))
             batch = [EncodedExample((first, second), options, gold=0)]
-            scores.append(self._scores(_plan(batch, packs), (), True)[0, 0, 1])
+            scores.append(self._scores(plan_of(batch, packs), (), True)[0, 0, 1])
         same = torch.equal(*scores)
         return None if same else f"{type(self.model).__name__} lets packed texts see each other"
 
@@ -642,44 +571,7 @@ def _beside(output: Any) -> Beside | None:
     return type(output)([None] * (len(output) - 1))
 
 
-def _plan(
-    batch: Sequence[EncodedExample], packs: Iterable[Pack], notes: Iterable[str] = ()
-) -> Plan:
-    packs = tuple(packs)
-    return Plan(tuple(batch), packs, tuple(_readouts(batch, packs)), tuple(notes))
-
-
 def _two_options(first: Tokens, second: Tokens) -> list[EncodedExample]:
     """An example with two options, the ends of two sequences."""
     options = (Option(0, first[-4:]), Option(1, second[-4:]))
     return [EncodedExample((first, second), options, gold=0)]
-
-
-def _readouts(batch: Sequence[EncodedExample], packs: Sequence[Pack]) -> Iterator[_Readout]:
-    """Where each pack's scored tokens lie; options are numbered through the batch, in order."""
-    number = count()
-    options: dict[Tokens, list[tuple[int, tuple[int, ...]]]] = {}
-    for example in batch:
-        for sequence, targets in example.options:
-            options.setdefault(example.sequences[sequence], []).append((next(number), targets))
-    for pack in packs:
-        scored = [
-            (row, column, target, option)
-            for tokens, (row, columns) in pack.places.items()
-            for option, targets in options[tokens]
-            for column, target in zip(columns[-len(targets) :].tolist(), targets, strict=True)
-        ]
-        places = {(row, column): None for row, column, _, _ in scored}
-        index = {place: i for i, place in enumerate(places)}
-        row, column = torch.tensor(list(places)).unbind(-1)
-        position = torch.tensor([index[row, column] for row, column, _, _ in scored])
-        yield _Readout(row, column, position, *torch.tensor(scored)[:, 2:].unbind(-1))
-
-
-def _ids(batch: Iterable[EncodedExample]) -> Iterator[int]:
-    for example in batch:
-        yield from chain(*example.sequences, *(option.targets for option in example.options))
-
-
-def _gold(batch: Sequence[EncodedExample]) -> Tensor:
-    return torch.tensor([example.gold for example in batch])
