@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from dlzo.adapter import load_adapter, read_config
+from dlzo.calibration import calibration_tokens
 from dlzo.channels import outlier_channels
 from dlzo.errors import UserError
 from dlzo.export import export
 from dlzo.journal import Reader
 from dlzo.models import decoder_layers
-from dlzo.probe import calibration_tokens
 from dlzo.replay import replay
 from dlzo.target import Target
 from dlzo.trainer import resume, train

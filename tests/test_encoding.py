@@ -17,9 +17,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from dlzo.calibration import calibration_tokens
 from dlzo.errors import UserError
 from dlzo.generation import generate
-from dlzo.probe import calibration_tokens
 from dlzo.scoring import Scorer
 from dlzo.scoring.encoding import check_tokenizer, encode
 from dlzo.tasks import Example

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
-import dlzo.probe
+import dlzo.decision
 from dlzo.calibration import calibration_texts, read_texts
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, load_model
@@ -108,11 +108,11 @@ def test_an_emergence_in_two_steps_is_ambiguous_and_names_both(steps: dict[int, 
 
 def room(monkeypatch: pytest.MonkeyPatch, constant: str, step: float) -> float:
     """How far a constant goes, in factors of `step`, until a decision on the profiles changes."""
-    value = getattr(dlzo.probe, constant)
+    value = getattr(dlzo.decision, constant)
     # Below 1 a jump is a fall, and a confidence is a share.
     least, most = (0.01, 1.0) if constant == "CLEAR_CONFIDENCE" else (1.01, 1000.0)
     while least < value * step < most:
-        monkeypatch.setattr(dlzo.probe, constant, value * step)
+        monkeypatch.setattr(dlzo.decision, constant, value * step)
         decisions = {model: decide(profile) for model, profile in PROFILES.items()}
         if any((d.layer, d.verdict) != EXPECTED[model][:2] for model, d in decisions.items()):
             break
@@ -125,7 +125,7 @@ def test_constants_have_the_room_that_the_docs_say(
     monkeypatch: pytest.MonkeyPatch, row: tuple[str, float, float, float]
 ) -> None:
     constant, value, low, high = row
-    assert getattr(dlzo.probe, constant) == value
+    assert getattr(dlzo.decision, constant) == value
     with monkeypatch.context() as patch:
         assert room(patch, constant, 1 / 1.005) == pytest.approx(low, rel=0.02)
     with monkeypatch.context() as patch:
@@ -380,6 +380,15 @@ def test_the_start_token_is_a_variation(adds: bool) -> None:
     assert report.depends_on == [name]
 
 
+def test_a_start_token_that_the_model_has_not_is_no_variation() -> None:
+    tokenizer = byte_tokenizer(*(f"<{i}>" for i in range(10)))
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    model = tiny_model()
+    assert tokenizer.bos_token_id >= model.config.vocab_size
+    report = probe(model, tokenizer, ["abcdefgh", "ijklmnop"])
+    assert not [name for name in report.variations if "start token" in name]
+
+
 def test_what_is_missing_is_said() -> None:
     config = MixtralConfig(
         vocab_size=260,
@@ -560,7 +569,7 @@ def test_bad_texts(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_missing_texts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"texts\.txt' cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"texts\.txt' cannot be read \(No such file"):
         read_texts(tmp_path / "texts.txt")
 
 

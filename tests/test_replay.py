@@ -11,15 +11,16 @@ from bits import assert_same_bits
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.export import export
+from dlzo.header import base_fields
 from dlzo.journal import Reader, Writer, compact, create
 from dlzo.models import decoder_layers
 from dlzo.records import Header, Step
-from dlzo.replay import base_fields, replay
+from dlzo.replay import replay
 from dlzo.rule import Rule
 from dlzo.target import Target
 from dlzo.trainer import train
 from dlzo_kernels import zo_step
-from runs import CONFIG, TOKENIZER, same, state, write_data
+from runs import CONFIG, TOKENIZER, same, state, with_header, write_data
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=7, eval_every=3)
@@ -120,16 +121,6 @@ def test_several_directions_and_skipped_steps(tmp_path):
         assert not torch.equal(a, untuned)
 
 
-def with_header(journal, path, **changes):
-    """The journal again, under another header."""
-    reader = Reader(journal)
-    create(path, replace(reader.header, **changes))
-    with Writer(Reader(path), 100, 10.0) as writer:
-        for record in reader:
-            writer.append(record)
-    return path
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -173,3 +164,14 @@ def test_a_tuned_model_another_family_and_a_step_too_many_are_refused(run, tmp_p
         replay(model, journal, tmp_path / "again")
     with pytest.raises(UserError, match="holds an adapter"):
         replay(tiny_model(dtype=dtype), journal, tmp_path / "rebuilt")
+
+
+def test_a_changed_setting_of_the_model_is_refused_and_its_release_is_not(tmp_path):
+    train(tiny_model(), TOKENIZER, SHORT, write_data(tmp_path / "data"), tmp_path / "out")
+    journal, model = tmp_path / "out" / "journal.zo", tiny_model()
+    model.config.rms_norm_eps = 0.5
+    with pytest.raises(UserError, match="a setting was changed after loading"):
+        replay(model, journal, tmp_path / "rebuilt")
+    model = tiny_model()
+    model.config.transformers_version, model.config._name_or_path = "0.0.1", "elsewhere"
+    replay(model, journal, tmp_path / "rebuilt")

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from dlzo.activations import channel_maxima
+from dlzo.calibration import calibration_tokens
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, layer_parts
-from dlzo.probe import calibration_tokens
 from dlzo.sites import find_sites
 
 
