@@ -7,6 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 
 class CMakeBuild(build_ext):
@@ -29,8 +30,14 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(
+                "CMake stopped, as it says above: the build needs CMake, Ninja and GCC 10 or newer "
+                "or Clang"
+            ) from error
 
 
 setup(

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from dlzo.adapter import load_adapter
 from dlzo.config import TrainConfig
 from dlzo.evaluation import evaluate
-from dlzo.journal import compact
+from dlzo.journal import Reader, Writer, compact, create
 from dlzo.metrics import HistoryEntry, Metrics
 from dlzo.replay import replay
 from dlzo.trainer import OnProgress
@@ -112,3 +113,13 @@ class FaultyOs:
             return call(*args)
 
         return counted
+
+
+def with_header(journal, path, **changes):
+    """The journal again, under another header."""
+    reader = Reader(journal)
+    create(path, replace(reader.header, **changes))
+    with Writer(Reader(path), 100, 10.0) as writer:
+        for record in reader:
+            writer.append(record)
+    return path

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from dlzo.adapter import load_adapter, read_config, save_adapter
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.target import Target, weights_fingerprint
+from dlzo.trainer import train
+from runs import CONFIG, TOKENIZER, write_data
 from tiny import tiny_model
 
 LAYER = 2
@@ -221,3 +224,43 @@ def test_a_failed_write_leaves_the_old_adapter(adapter, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_adapter(folder, Target(base(adapter), (LAYER,)), base_fingerprint="", info={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_adapter_of_a_run_knows_the_whole_model(tmp_path, caplog):
+    config = replace(CONFIG, steps=2, eval_every=1)
+    train(tiny_model(), TOKENIZER, config, write_data(tmp_path / "data"), tmp_path / "out")
+    load_adapter(tiny_model(), tmp_path / "out")
+    assert not caplog.messages
+    other = tiny_model()
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1
+    load_adapter(other, tmp_path / "out")
+    assert "whose other weights are not those of this one" in caplog.text
+
+
+def test_a_mistyped_folder_is_not_looked_up(monkeypatch):
+    monkeypatch.setattr("dlzo.adapter.hf_hub_download", None)
+    with pytest.raises(UserError, match="is not a folder"):
+        load_adapter(tiny_model(), "mistyped")
+
+
+def test_fingerprint_sees_shape_and_dtype():
+    found = set()
+    for shape, dtype in (
+        ((2, 3), torch.float16),
+        ((3, 2), torch.float16),
+        ((2, 3), torch.bfloat16),
+    ):
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        found.add(weights_fingerprint([module]))
+    assert len(found) == 3
+
+
+def test_what_is_told_of_an_adapter_does_not_hide_what_it_is(tmp_path):
+    target = Target(tiny_model(), (2,))
+    info = {"version": 9, "dtype": "int8", "layers": [0], "base_fingerprint": "x", "task": "sst2"}
+    save_adapter(tmp_path, target, base_fingerprint="ab", info=info)
+    config = read_config(tmp_path)
+    assert (config["dtype"], config["layers"], config["task"]) == ("float32", [2], "sst2")
+    assert config["base_fingerprint"] == "ab"

@@ -18,6 +18,7 @@ from dlzo import cli
 from dlzo.config import TrainConfig
 from dlzo.models import load_model
 from dlzo.trainer import train
+from dlzo_kernels import __version__
 from tiny import byte_tokenizer, tiny_model
 
 
@@ -195,6 +196,23 @@ BAD = {
     "layer text": ("--layer first", "'first'"),
     "layers": ("--layer 1,7", "layer is 7"),
     "layers text": ("--layer 1,", "'1,'"),
+    "layers from the end": ("--layer 3-1", "'3-1'"),
+    "layer with a line": ("--layer 1_1", "'1_1'"),
+    "a span without end": (
+        ["sensitivity", "MODEL", "--task", "sst2", "--data", "DATA", "--layers", "0-3000000000"],
+        "'0-3000000000'",
+    ),
+    "home": (["probe", "~nobody9/m"], "'~nobody9/m' has no home folder here"),
+    "home of a task": (
+        ["eval", "MODEL", "--task", "~nobody9/t.yaml", "--data", "DATA"],
+        "'~nobody9/t.yaml' has no home folder here",
+    ),
+    "no model": (["probe", ""], "model is ''"),
+    "no adapter": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--adapter", ""], "''"),
+    "journal": (["journal", "verify", "nowhere"], "'nowhere' cannot be read (No such file"),
+    "folder of a journal": (["journal", "verify", "."], "give the path of a journal.zo"),
+    "export": (["export", "nowhere", "--out", "x"], "'nowhere' holds no run (No such file"),
+    "export in the place of": (["export", "nowhere", "--out", "."], "'.' exists: choose another"),
     "part": ("--part head", "'head'"),
     "mezo with a layer": ("--method mezo", "leave out layer"),
     "lora with a part": ("--method lora --part mlp", "part is 'mlp'"),
@@ -203,7 +221,7 @@ BAD = {
     "channel": ("--channels 99", "the model has 0 to 31"),
     "channels of mezo": ("--method lozo --channels 7", "tunes all channels"),
     "top": ("--channels outlier --top 0", "top is 0.0"),
-    "negative layer": ("--layer -1", "layer is -1"),
+    "negative layer": ("--layer -1", "layer is '-1'"),
     "rank": ("--rank 4", "rank is given without --method lozo or lora"),
     "interval": ("--method lora --interval 4", "interval is given without --method lozo"),
     "top alone": ("--top 0.1", "top is given without --channels outlier"),
@@ -238,6 +256,42 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, model, data, tmp_path, m
     assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_used_is_told_before_a_model_is_fetched(run, monkeypatch, data, tmp_path):
+    monkeypatch.delattr(cli, "load_model")
+    arguments = train_arguments("m", data, tmp_path / "out")
+    for more, named in (("--task SST2", "'SST2'"), ("--data no", "'no' does not exist")):
+        code, _, err = run(*arguments, *more.split())
+        assert code == 2 and named in err
+
+
+def test_the_folder_that_one_is_in_may_be_replaced(run, model, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(*train_arguments(model, data, out))[0] == 0
+    monkeypatch.chdir(out)
+    assert run(*train_arguments(model, data, Path(), "--overwrite", "--seed", "1"))[0] == 0
+    assert json.loads((out / "metrics.json").read_text())["seed"] == 1
+    assert not (tmp_path / "out.replaced").exists()
+
+
+def test_all_files_of_a_run_may_be_read_by_the_same(finished):
+    modes = {path.name: path.stat().st_mode for path in finished.iterdir()}
+    assert len({mode for name, mode in modes.items() if name != ".lock"}) == 1
+
+
+def test_the_version_and_all_steps_are_shown(run, finished):
+    assert run("--version")[:2] == (0, f"{__version__}\n")
+    code, text, _ = run("journal", "show", finished / "journal.zo", "--steps", 10**20)
+    assert code == 0 and text.count(" yes") == 4
+
+
+def test_tables_are_shown_where_there_are_no_letters_for_them(finished, tmp_path):
+    command = [sys.executable, "-m", "dlzo", "journal", "show", finished / "journal.zo"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"projected" in done.stdout
 
 
 def test_an_existing_result_is_kept_unless_it_may_be_replaced(
@@ -521,3 +575,70 @@ def test_modules_run_as_programs(module, tmp_path):
     arguments = [sys.executable, "-m", module] + (["--help"] if module == "dlzo" else [])
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ("probe" if module == "dlzo" else "cpu/baseline") in done.stdout
+
+
+def config_of(monkeypatch, *options):
+    class Enough(Exception):
+        pass
+
+    def caught(*arguments, **_):
+        seen.append(arguments[2])
+        raise Enough
+
+    seen = []
+    monkeypatch.setattr(cli, "train", caught)
+    monkeypatch.setattr(cli, "load_model", lambda *_, **__: (None, None))
+    monkeypatch.setattr(sys, "argv", ["dlzo", "train", "m", *options])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Enough):
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return seen[0]
+
+
+def test_every_option_of_train_is_one_of_the_run(tmp_path, monkeypatch):
+    common = ["--task", "rte", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    given = {
+        **{"method": "lozo", "layer": (1, 3), "part": "mlp", "steps": 7, "batch_size": 3},
+        **{"eps": 0.25, "lr": 0.5, "lr_decay": "linear", "weight_decay": 0.125, "seed": 9},
+        **{"eval_every": 5, "prefix_cache_mb": 11, "prefix_cache_dir": str(tmp_path / "cache")},
+        **{"rank": 4, "interval": 6, "directions": 2, "sync_steps": 8, "sync_seconds": 2.5},
+    }
+    options = []
+    for name, value in given.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        options += [f"--{name.replace('_', '-')}", text]
+    assert config_of(monkeypatch, *common, *options) == TrainConfig("rte", **given)
+    options = ["--channels", "outlier", "--top", "0.1", "--lr-per-spread", "--lr", "auto"]
+    given = {"channels": "outlier", "top": 0.1, "lr_per_spread": True, "lr": "auto"}
+    assert config_of(monkeypatch, *common, *options) == TrainConfig("rte", **given)
+    assert config_of(monkeypatch, *common) == TrainConfig("rte")
+
+
+def test_every_option_of_sensitivity_is_passed_on(tmp_path, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def caught(*arguments, **options):
+        seen.append((arguments[2:], options))
+        raise Enough
+
+    seen = []
+    monkeypatch.setattr(cli, "sensitivity", caught)
+    monkeypatch.setattr(cli, "load_model", lambda *_, **__: (None, None))
+    given = {"layers": "1,3", "seeds": 5, "batches": 6, "batch-size": 7, "eps": 0.25, "seed": 9}
+    options = [f"--{name}={value}" for name, value in given.items()]
+    arguments = ["--task", "rte", "--data", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", ["dlzo", "sensitivity", "m", *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Enough):
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+    ((arguments, options),) = seen
+    del options["on_layer"]
+    assert arguments == ("rte", tmp_path)
+    assert options == {
+        **{"layers": (1, 3), "seeds": 5, "batches": 6, "batch_size": 7, "eps": 0.25, "seed": 9}
+    }

@@ -98,6 +98,12 @@ def test_a_generated_answer(tmp_path, capital):
     )
 
 
+@pytest.mark.parametrize("capital", ["Bern\nBerne", ["Bern", "Ber\n"]])
+def test_an_answer_of_more_than_a_line_is_refused(tmp_path, capital):
+    with pytest.raises(UserError, match="'capital' must be a line of text, or a list of one"):
+        example(tmp_path, GENERATED, {"country": "Switzerland", "capital": capital})
+
+
 def test_words_that_yaml_takes_for_values_stay_words(tmp_path):
     text = 'name: t\nprompt: "{q}? "\noptions: [Yes, No, 1, null, 2020-01-01]\nlabel: y\n'
     found = example(tmp_path, text, {"q": "Is it", "y": "No"})[1]
@@ -179,7 +185,11 @@ BAD_ROWS = {
     ),
     "no list": (LISTED, {"start": "a", "choices": {"text": "b"}, "right": 0}, "must be a list"),
     "short list": (LISTED, {"start": "a", "choices": {"text": ["b"]}, "right": 1}, "from 0 to 0"),
-    "answers": (GENERATED, {"country": "a", "capital": []}, "'capital' must be a string, or a"),
+    "answers": (
+        GENERATED,
+        {"country": "a", "capital": []},
+        "'capital' must be a line of text, or a",
+    ),
 }
 
 

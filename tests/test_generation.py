@@ -207,3 +207,13 @@ def test_f1_and_exact_match_agree(prediction, answers):
     assert score == max(f1(answer, [prediction]) for answer in answers)
     if exact_match(prediction, answers):
         assert score == 1 or f1(prediction, [prediction]) == 0
+
+
+def test_special_tokens_are_no_text_of_an_answer():
+    tokenizer = byte_tokenizer("<stop>", "<odd>")
+    tokenizer.eos_token = "<stop>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<odd>"]})
+    odd, stop = tokenizer.convert_tokens_to_ids(["<odd>", "<stop>"])
+    model = tiny_model()
+    follow(model, [40, odd, 41, stop])
+    assert generate(model, tokenizer, ["Why?"]) == [tokenizer.decode([40, 41])]

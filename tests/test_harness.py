@@ -14,6 +14,7 @@ from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.harness import lm_eval
+from dlzo.models import sole_use
 from dlzo.trainer import train
 from runs import CONFIG, TOKENIZER, same, state, write_data
 from tiny import byte_tokenizer, tiny_model
@@ -134,3 +135,9 @@ def test_without_the_harness_there_is_one_sentence(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'dlzo-kernels\[lm-eval\]'"):
         lm_eval(tiny_model(), tokenizer, ["piqa"])
+
+
+def test_a_model_in_use_is_not_judged(tokenizer):
+    model = tiny_model()
+    with sole_use(model), pytest.raises(UserError, match="the model is in use"):
+        lm_eval(model, tokenizer, [])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dlzo.errors import UserError
-from dlzo.smollm2 import cache_dir
+from dlzo.files import cache_dir
 from dlzo.tasks import get_task, hub, load_split
 from dlzo.tasks.hub import SOURCES, public_data
 from rows import EXAMPLES, ROWS

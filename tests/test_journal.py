@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import tracemalloc
 import zlib
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -335,3 +337,51 @@ def test_a_lying_count_takes_no_memory(tmp_path):
     records, damage = read(path)
     assert records == [] and "cut off" in damage
     assert MAX_HEADER == 1 << 20
+
+
+def test_a_write_that_takes_a_part_is_gone_on_with(tmp_path, monkeypatch):
+    write_some = os.write
+    monkeypatch.setattr("dlzo.files.os.write", lambda d, data: write_some(d, bytes(data)[:5]))
+    assert read(write(tmp_path / "journal.zo")) == (RECORDS, None)
+
+
+def test_seconds_are_counted_from_the_last_wait(tmp_path, monkeypatch):
+    create(tmp_path / "journal.zo", HEADER)
+    now, synced, last = [0.0], [], 0
+    monkeypatch.setattr("dlzo.journal.time.monotonic", lambda: now[0])
+    with Writer(Reader(tmp_path / "journal.zo"), 100, 3.0) as journal:
+        monkeypatch.setattr("dlzo.files.os.fsync", lambda descriptor: synced.append(last))
+        for last in range(1, 11):
+            now[0] = float(last)
+            journal.append(Step(last, 1, 3e-4, (0.1,), (0.7, 0.6), True))
+    assert synced == [3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("compact", "part"),
+    [
+        (False, struct.pack("<BBHI", 2, 1, 13, 0) + b'{"event":"x"}'),
+        (True, struct.pack("<BBHI", 3, 0, 0, 1)),
+        (True, struct.pack("<BBHI", 3, 1, 1, 1) + bytes(13)),
+        (True, step_part(1)),
+        (False, struct.pack("<BBHI", 3, 0, 1, 1) + bytes(13)),
+    ],
+    ids=["event applied", "empty block", "block applied", "step in compact", "block in plain"],
+)
+def test_records_of_another_kind_are_damage(tmp_path, compact, part):
+    path = tmp_path / "journal.zo"
+    path.write_bytes(sealed(header_part(compact=compact), part))
+    records, damage = read(path)
+    assert records == [] and "no known kind" in damage
+
+
+def test_a_lying_header_takes_no_memory(tmp_path):
+    path = tmp_path / "journal.zo"
+    path.write_bytes(struct.pack("<8sII", b"DLZOJRNL", 2, 0xFFFFFFFF) + b"{}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="damaged header"):
+            Reader(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()

@@ -13,6 +13,7 @@ from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation
 from dlzo.learning_rate import find_lr
 from dlzo.lora import take_out
+from dlzo.records import Step
 from dlzo.scoring import Scorer
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import _target, resume, train
@@ -131,9 +132,27 @@ def test_where_no_rate_helps_it_says_so_and_leaves_the_weights(data, monkeypatch
     model = tiny_model()
     before, losses = state(model), iter(range(1, 99))
     monkeypatch.setattr(learning_rate, "score", lambda *_: Evaluation(loss=float(next(losses))))
-    with pytest.raises(UserError, match=r"none tried the loss falls below 1\.0000: give a number"):
+    with pytest.raises(UserError, match=r"none tried the loss falls below 1\.0000 and rises on"):
         search(model, data, CONFIG)
     assert same(state(model), before)
+
+
+def test_a_last_rate_that_helps_by_rounding_is_not_taken(data, monkeypatch):
+    losses = iter([1.0, *[2.0] * 11, 1 - 1e-7])
+    monkeypatch.setattr(learning_rate, "score", lambda *_: Evaluation(loss=next(losses)))
+    with pytest.raises(UserError, match=r"none tried the loss falls below 1\.0000 and rises on"):
+        search(tiny_model(), data, CONFIG)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_directions_of_low_rank_move_weights_by_less(data, monkeypatch, rank):
+    step = Step(1, 0, 1.0, gradients=(0.5,), losses=(1.0, 2.0), applied=True)
+    monkeypatch.setattr(learning_rate._Trials, "_take", lambda *_: iter([step] * STEPS))
+    config = replace(CONFIG, method="lozo", layer=None, rank=rank)
+    target, task = _target(tiny_model(), config), get_task("sst2")
+    examples = load_split(task, data, "train")
+    trials = learning_rate._Trials(target, TOKENIZER, config, task, examples)
+    assert trials.first_move() == pytest.approx(0.5 / rank**0.5)
 
 
 def test_losses_that_do_not_differ_are_refused(data):
@@ -151,4 +170,21 @@ def test_an_error_on_the_way_leaves_the_weights(data, monkeypatch):
     monkeypatch.setattr(learning_rate, "score", fail)
     with pytest.raises(KeyboardInterrupt):
         search(model, data, CONFIG)
+    assert same(state(model), before)
+
+
+def test_trials_do_not_decay(data):
+    found = [
+        search(tiny_model(), data, replace(CONFIG, steps=4, lr_decay=decay))
+        for decay in ("none", "linear")
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_rate_that_decays_everything_is_no_error(data):
+    model = tiny_model()
+    before = state(model)
+    config = replace(CONFIG, steps=4, lr="auto", weight_decay=1e6)
+    with pytest.raises(UserError, match="with none tried"):
+        search(model, data, config)
     assert same(state(model), before)

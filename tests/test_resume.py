@@ -18,9 +18,21 @@ from dlzo.evaluation import evaluate
 from dlzo.journal import Reader, Writer, create
 from dlzo.records import Event, Step
 from dlzo.scoring import PrefixCache
+from dlzo.sensitivity import sensitivity
 from dlzo.target import Target
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, same, state, stopping_at, write_data
+from runs import (
+    CONFIG,
+    TOKENIZER,
+    FaultyOs,
+    Killed,
+    result,
+    same,
+    state,
+    stopping_at,
+    with_header,
+    write_data,
+)
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2, sync_steps=3)
@@ -430,3 +442,54 @@ def test_a_run_that_diverges_is_given_up_with_its_best_layer(data, tmp_path, mon
     fresh = tiny()
     load_adapter(fresh, out)
     assert same(state(fresh), state(model))
+
+
+@pytest.mark.parametrize("changes", [{"library_version": "9.9"}, {"base_model": "moved"}], ids=str)
+def test_another_release_or_place_of_the_model_goes_on(data, tmp_path, changes):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stopping_at(3))
+    with_header(out / "journal.zo", tmp_path / "other.zo", **changes)
+    (tmp_path / "other.zo").replace(out / "journal.zo")
+    assert resume(tiny_model(), TOKENIZER, out)["final"]["step"] == SHORT.steps
+
+
+def test_a_model_in_use_is_not_resumed_or_measured(data, tmp_path):
+    out, model, errors = tmp_path / "out", tiny_model(), []
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stopping_at(1))
+
+    def on_progress(entry):
+        if entry["step"] == 1:
+            for use in (
+                lambda: resume(model, TOKENIZER, out),
+                lambda: sensitivity(
+                    *(model, TOKENIZER, "sst2", data), layers=[1], seeds=2, batches=2, batch_size=2
+                ),
+            ):
+                with pytest.raises(UserError, match="the model is in use") as error:
+                    use()
+                errors.append(error)
+
+    train(model, TOKENIZER, SHORT, data, tmp_path / "other", on_progress=on_progress)
+    assert len(errors) == 2
+
+
+def test_what_a_kill_left_half_written_is_gone_when_the_run_goes_on(data, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stopping_at(3))
+    (out / ".adapter_model.safetensors.partial-77").write_text("half")
+    resume(tiny_model(), TOKENIZER, out)
+    assert not [path for path in out.iterdir() if "partial" in path.name]
+
+
+def test_a_run_has_a_number_as_its_lr(data, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stopping_at(1))
+    settings = json.loads((out / "run.json").read_text())
+    settings["config"]["lr"] = "auto"
+    (out / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="no valid 'lr'"):
+        resume(tiny_model(), TOKENIZER, out)

@@ -14,6 +14,7 @@ from dlzo.errors import UserError
 from dlzo.journal import Reader, compact, create
 from dlzo.replay import replay
 from dlzo.rule import Rule
+from dlzo.sampler import step_seed
 from dlzo.trainer import resume, train
 from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
 from tiny import tiny_model
@@ -132,3 +133,8 @@ def test_the_subspace_stays_for_an_interval():
         first = spans[number - number % 3]
         assert abs(float(span @ first)) == pytest.approx(1, abs=1e-6)
     assert abs(float(spans[0] @ spans[3])) < 0.99 and abs(float(spans[3] @ spans[6])) < 0.99
+
+
+def test_v_of_an_interval_is_drawn_by_its_first_step():
+    rule = Rule(seed=7, rank=1, interval=3)
+    assert [rule._v_seed(n) for n in (1, 3, 4, 7)] == [step_seed(7, n) for n in (1, 1, 4, 7)]

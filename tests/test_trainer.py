@@ -381,3 +381,53 @@ def test_settings_may_be_numbers_of_numpy(tmp_path):
         train(tiny_model(), TOKENIZER, config, data, tmp_path / name)
     journals = [(tmp_path / name / "journal.zo").read_bytes() for name in ("plain", "odd")]
     assert journals[0] == journals[1]
+
+
+def test_the_draws_are_those_of_all_releases():
+    """Compact journals and runs that are taken up rest on them: docs/journal.md."""
+    assert [step_seed(7, step) for step in (0, 1, 2)] == [
+        *(8460147692890830636, 3317731564112288844, 9139555415570476218)
+    ]
+    word = np.random.SeedSequence((7, 2)).generate_state(1, np.uint64)[0]
+    assert step_seed(7, 2) == int(word) >> 1
+    assert [batch_indices(3, step, size=10, batch_size=4) for step in (1, 2, 3)] == [
+        *([6, 2, 4, 9], [5, 1, 3, 8], [2, 5, 9, 0])
+    ]
+
+
+def test_of_equal_validations_the_first_is_the_best(data, tmp_path):
+    metrics = train(tiny_model(), TOKENIZER, replace(SHORT, lr=0.0), data, tmp_path / "out")
+    assert metrics["best"]["loss"] == metrics["final"]["loss"]
+    assert metrics["best"]["step"] == 0 and metrics["final"]["step"] == SHORT.steps
+
+
+@pytest.mark.parametrize(("untuned", "most"), [(0.5, 10.0), (3.0, 30.0)])
+def test_a_loss_has_exploded_at_ten_times_the_untuned_one(
+    data, tmp_path, monkeypatch, untuned, most
+):
+    seen = []
+
+    def take_step(*arguments):
+        seen.append(arguments[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "take_step", take_step)
+    monkeypatch.setattr(trainer._Run, "evaluate_untuned", lambda self: {"loss": untuned})
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
+    assert seen == [most]
+
+
+def test_ranks_may_have_the_model_in_other_folders(data, tmp_path, monkeypatch):
+    digests = []
+    monkeypatch.setattr(
+        trainer.distributed,
+        "check_equal",
+        lambda digest, what: digests.append(digest()) if "settings" in what else None,
+    )
+    for name, seed in (("here", 0), ("there", 0), ("there", 1)):
+        model = tiny_model()
+        model.name_or_path = name
+        config = replace(SHORT, steps=1, seed=seed)
+        train(model, TOKENIZER, config, data, tmp_path / f"{name}-{seed}")
+    assert digests[0] == digests[1] != digests[2]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from dlzo.channels import chosen_channels
 from dlzo.config import MAX_RANK
 from dlzo.errors import UserError
-from dlzo.files import parse_versioned, replace_file
+from dlzo.files import parse_versioned, replace_file, replace_text, user_path
 from dlzo.lora import NAME, Lora
 from dlzo.models import dtype_name
 from dlzo.target import Target, weights_fingerprint
@@ -48,13 +48,13 @@ def save_adapter(
     """Writes what is tuned, as it is now, to the folder `path`, whole or not at all.
 
     Args:
-        path: Folder of the adapter; made if it is missing.
-        target: What is tuned.
+        path: folder of the adapter; made if it is missing.
+        target: what is tuned.
         base_fingerprint: `fingerprint` of the target before it was tuned.
-        info: Further JSON values for the configuration, such as the task.
+        info: further JSON values for the configuration, such as the task.
 
     Raises:
-        OSError: It cannot be written; what was there is as it was.
+        OSError: it cannot be written; what was there is as it was.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def save_adapter(
     if target.lora is not None and target.adapters is not None:
         config["lora"] = asdict(target.lora)
         text = json.dumps(target.adapters.settings, indent=2) + "\n"
-        replace_file(folder / PEFT_FILE, lambda partial: partial.write_text(text))
+        replace_text(folder / PEFT_FILE, text)
     tensors = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in _parameters(target).items()
@@ -91,8 +91,8 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
     """Puts what was tuned into `model`; returns the adapter's configuration.
 
     Args:
-        model: The adapter's base model.
-        path_or_hub_id: Folder that holds the adapter, or its OWNER/NAME on the Hugging Face hub.
+        model: the adapter's base model.
+        path_or_hub_id: folder that holds the adapter, or its OWNER/NAME on the Hugging Face hub.
 
     Weights of the model that it was not made of may differ: that is logged as a warning.
 
@@ -158,8 +158,8 @@ def _parameters(target: Target) -> dict[str, nn.Parameter]:
 
 def _find(path_or_hub_id: str | Path) -> Path:
     name = str(path_or_hub_id)
-    if Path(name).is_dir():
-        return Path(name) / WEIGHTS_FILE
+    if name and (folder := user_path(name)).is_dir():
+        return folder / WEIGHTS_FILE
     try:
         # A mistyped folder costs no look-up on the hub.
         if "/" not in name:
@@ -185,7 +185,10 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
         with safe_open(path, framework="pt") as file:
             yield _checked((file.metadata() or {}).get(FORMAT), path), file
     except (OSError, SafetensorError) as error:
-        raise UserError(f"adapter {str(path)!r} cannot be read: {error}") from error
+        raise UserError(
+            f"adapter {str(path)!r} cannot be read ({error}): give the folder of a run, or train "
+            "it again"
+        ) from error
 
 
 def _checked(text: str | None, path: Path) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,13 +30,13 @@ from dlzo.adapter import WEIGHTS_FILE, load_adapter
 from dlzo.calibration import read_texts
 from dlzo.cli_journal import app as journal_app
 from dlzo.cli_journal import warn
-from dlzo.config import TrainConfig, parse_config
+from dlzo.config import CHANNELS, TrainConfig, parse_config
 from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
 from dlzo.distributed import from_first_rank, joined, rank
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.export import Form, export
-from dlzo.files import replace_file
+from dlzo.files import replace_text
 from dlzo.harness import lm_eval, lm_eval_report
 from dlzo.journal import Reader
 from dlzo.metrics import HistoryEntry, Metrics
@@ -44,13 +47,13 @@ from dlzo.replay import replay
 from dlzo.run import JOURNAL_FILE, METRICS_FILE, check_free, read_settings
 from dlzo.sensitivity import sensitivity
 from dlzo.target import describe
-from dlzo.tasks import Split
+from dlzo.tasks import Split, check_folder, get_task
 from dlzo.tasks.hub import public_data
 from dlzo.terminal import complain, console, say
 from dlzo.trainer import resume, train
+from dlzo_kernels import __version__
 
 app = typer.Typer(
-    help="Fine-tune language models with forward passes only.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,6 +81,12 @@ Adapter = Annotated[str | None, typer.Option(help="Folder of `train`, or a hub i
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 for the second GPU.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result: a .png or .svg file.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        say(__version__)
+        raise typer.Exit
 
 
 @app.command("probe")
@@ -122,7 +131,8 @@ def sensitivity_command(
 ) -> None:
     """Measure each layer's zeroth-order signal, its stability and how its effect grows."""
     _check_outputs(plot, json_file)
-    chosen, folder = _parse_layers(layers), _data_folder(task, data)
+    chosen = None if layers == "all" else _parse_numbers("layers", layers, "'all'")
+    folder = _data_folder(task, data)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     with Progress(console=console) as bar:
         progress = bar.add_task("measuring layers", total=len(chosen or decoder_layers(loaded)))
@@ -224,9 +234,11 @@ def train_command(
         config = TrainConfig(
             task=task,
             method=method,
-            layer=_parse_layer(layer),
+            layer=None if layer == "auto" else _parse_numbers("layer", layer, "'auto'"),
             part=part,
-            channels=_parse_channels(channels),
+            channels=channels
+            if channels in CHANNELS
+            else _parse_numbers("channels", channels, "all, or outlier"),
             top=top,
             steps=steps,
             batch_size=batch_size,
@@ -238,7 +250,7 @@ def train_command(
             seed=seed,
             eval_every=eval_every,
             prefix_cache_mb=prefix_cache_mb,
-            prefix_cache_dir=None if prefix_cache_dir is None else str(prefix_cache_dir.resolve()),
+            prefix_cache_dir=None if prefix_cache_dir is None else str(prefix_cache_dir),
             rank=rank,
             interval=interval,
             directions=directions,
@@ -360,8 +372,20 @@ def demo_command(
     say(_NEXT.format(out=out))
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with forward passes only."""
+
+
 def main() -> None:
     """Runs the command; what the user can mend ends in one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ASCII has no lines of tables
     # Being told to end is as Ctrl-C, but not by way of SIGINT, which a shell lets a background
     # process ignore.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -392,8 +416,14 @@ def _check_outputs(plot: Path | None, json_file: Path | None = None) -> None:
     if plot is not None:
         check_suffix(plot)
     for path in filter(None, (plot, json_file)):
-        if path.is_dir() or not path.parent.is_dir():
-            reason = "is a folder" if path.is_dir() else "is in no folder that exists"
+        reason = None
+        if path.is_dir():
+            reason = "is a folder"
+        elif not path.parent.is_dir():
+            reason = "is in no folder that exists"
+        elif not os.access(path.parent, os.W_OK):
+            reason = "is in a folder that cannot be written"
+        if reason is not None:
             raise UserError(f"{path} {reason}: give the path of a file")
 
 
@@ -407,8 +437,16 @@ def _load(
 
 
 def _data_folder(task: str, data: Path | None) -> Path:
-    """The given folder, or that of the task's public data set."""
-    return from_first_rank(lambda: public_data(task)) if data is None else data
+    """The given folder, or that of the task's public data set.
+
+    Raises:
+        UserError: before a model is loaded, where the task or the folder cannot be used.
+    """
+    get_task(task)
+    if data is None:
+        return from_first_rank(lambda: public_data(task))
+    check_folder(data)
+    return data
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -469,15 +507,17 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
-def _parse_layer(text: str) -> tuple[int, ...] | None:
-    if text == "auto":
-        return None
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise UserError(
-            f"layer is {text!r}: give its number, several as in 5,11 or 'auto'"
-        ) from None
+def _parse_numbers(name: str, text: str, instead: str) -> tuple[int, ...]:
+    """The numbers of a list such as 0-5,11; `instead` says what may stand there otherwise."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        first, last = found.groups() if found else ("1", "0")
+        span = range(int(first), int(last or first) + 1)
+        if not span:
+            raise UserError(f"{name} is {text!r}: give numbers such as 0-5,11, or {instead}")
+        numbers += span
+    return tuple(numbers)
 
 
 def _parse_lr(text: str) -> float | Literal["auto"]:
@@ -489,38 +529,14 @@ def _parse_lr(text: str) -> float | Literal["auto"]:
         raise UserError(f"lr is {text!r}: give a number, such as 3e-4, or 'auto'") from None
 
 
-def _parse_channels(text: str) -> str | tuple[int, ...]:
-    if not text[:1].isdecimal():
-        return text
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise UserError(f"channels is {text!r}: give numbers as in 7,23, all or outlier") from None
-
-
-def _parse_layers(text: str) -> list[int] | None:
-    """The layers of a list such as 0-5,11; None for all."""
-    if text == "all":
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        try:
-            span = range(int(first), int(last or first) + 1)
-        except ValueError:
-            span = range(0)
-        if not span:
-            raise UserError(f"layers is {text!r}: give numbers such as 0-5,11, or 'all'")
-        layers += span
-    return layers
-
-
 def _write_json(path: Path, value: object) -> None:
     text = json.dumps(value, indent=2) + "\n"
     try:
-        replace_file(path, lambda partial: partial.write_text(text))
+        replace_text(path, text)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give the path of another file"
+        ) from error
 
 
 @contextmanager

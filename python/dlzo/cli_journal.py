@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from itertools import zip_longest
 from pathlib import Path
@@ -12,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dlzo.errors import UserError
+from dlzo.header import differences
 from dlzo.journal import Reader, compact
 from dlzo.records import Event, Record, Step
-from dlzo.replay import differences
 from dlzo.terminal import complain, console, say
 
 app = typer.Typer(help="Look into the journals of runs.", no_args_is_help=True)
@@ -34,7 +35,7 @@ def show_command(
         text = "\n".join(map(_parameter, value)) if name == "parameters" else str(value)
         header.add_row(name.replace("_", " "), escape(text))
     evaluations = Table("evaluation", "after step", "")
-    last: deque[Step] = deque(maxlen=steps)
+    last: deque[Step] = deque(maxlen=min(steps, sys.maxsize))
     for record in reader:
         if isinstance(record, Step):
             last.append(record)

@@ -12,7 +12,7 @@ from dlzo.adapter import PEFT_FILE, WEIGHTS_FILE, load_adapter, read_config
 from dlzo.errors import UserError
 from dlzo.files import new_folder
 from dlzo.lora import take_out
-from dlzo.models import load_model, parse_dtype
+from dlzo.models import load_model, parse_dtype, quiet_transformers
 from dlzo.run import JOURNAL_FILE, read_metrics, read_settings
 from dlzo.target import describe
 
@@ -77,6 +77,8 @@ def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
     run, out = Path(run), Path(out)
     if form not in get_args(Form):
         raise UserError(f"form {form!r} is not known: choose one of {', '.join(get_args(Form))}")
+    if out.exists():
+        raise UserError(f"{str(out)!r} exists: choose another folder")
     read_settings(run)  # a replayed adapter need not have the best weights, as the card says
     config = read_config(run)
     try:
@@ -100,8 +102,9 @@ def _save_merged(run: Path, folder: Path) -> None:
     model, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
     if "lora" in load_adapter(model, run):
         take_out(model, merge=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers(every_bar=True):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:

@@ -20,17 +20,30 @@ PARTIAL = re.compile(r"\..+\.partial-\d+")  # names of what is not whole yet
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a sibling of `path`, and puts it, on the disk, in the place of `path`.
 
+    It may be read by whoever may read other new files: safetensors' own are private.
+
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
+        mode = _mode_of_new(partial)
         write(partial)
+        _give(partial, mode)
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `replace_file`, by a text in UTF-8.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
@@ -45,8 +58,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
+        mode = _mode_of_new(partial / "any")
+        (partial / "any").unlink()
         yield partial
         for file in partial.iterdir():
+            _give(file, mode)
             _sync(file)
         os.rename(partial, path)
         _sync(path.parent)
@@ -73,8 +89,8 @@ class GrowingFile:
     """A file open for appending. A failed append leaves no more than a torn tail.
 
     Args:
-        path: An existing file.
-        size: Bytes to keep; what follows them is cut off.
+        path: an existing file.
+        size: bytes to keep; what follows them is cut off.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -100,6 +116,34 @@ class GrowingFile:
         os.close(self._descriptor)
 
 
+def user_path(text: str | Path) -> Path:
+    """The path that a user writes, with `~` for a home folder.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{str(text)!r} has no home folder here: write the whole path") from error
+
+
+def cache_dir() -> Path:
+    """The cache folder: $DLZO_CACHE, else dlzo in $XDG_CACHE_HOME, else ~/.cache/dlzo.
+
+    Raises:
+        UserError: there is neither, nor a home folder.
+    """
+    if chosen := os.environ.get("DLZO_CACHE"):
+        return user_path(chosen)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "dlzo"
+    try:
+        return Path.home() / ".cache" / "dlzo"
+    except RuntimeError as error:
+        raise UserError("there is no home folder for the cache: set DLZO_CACHE to one") from error
+
+
 def read_text(path: Path) -> str:
     """The text of a file from a user: UTF-8, with or without a byte order mark.
 
@@ -109,7 +153,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error.strerror}): give another file"
+        ) from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{str(path)!r} line {line} is not UTF-8: save it as UTF-8") from error
@@ -136,11 +182,11 @@ def parse_versioned(
     """The JSON object in a text from anywhere, of a known version and with fields of known types.
 
     Args:
-        text: In UTF-8.
-        path: Where it was found.
-        version: What its field `version` must be.
-        fields: The types of other fields that it must have.
-        remedy: What to do where it is no such object.
+        text: in UTF-8.
+        path: where it was found.
+        version: what its field `version` must be.
+        fields: the types of other fields that it must have.
+        remedy: what to do where it is no such object.
 
     Raises:
         UserError: it is none; the message names `path` and the remedy.
@@ -159,6 +205,17 @@ def parse_versioned(
         if type(values.get(name)) is not kind:
             raise UserError(f"{str(path)!r} has no valid {name!r}: {remedy}")
     return values
+
+
+def _mode_of_new(path: Path) -> int:
+    """The mode of a new file, which is made: by the process's umask, or what the folder says."""
+    path.touch()
+    return path.stat().st_mode
+
+
+def _give(path: Path, mode: int) -> None:
+    if path.stat().st_mode != mode:  # some file systems have one mode for all
+        path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

@@ -43,10 +43,10 @@ def generate(
 
     Args:
         model: A decoder-only model; it is set to evaluation mode.
-        tokenizer: Its tokenizer.
-        prompts: The texts to continue.
-        max_new_tokens: The most tokens of an answer.
-        batch_tokens: The most tokens in one batch, padding and answers included, unless a single
+        tokenizer: its tokenizer.
+        prompts: the texts to continue.
+        max_new_tokens: the most tokens of an answer.
+        batch_tokens: the most tokens in one batch, padding and answers included, unless a single
             prompt has more.
 
     Raises:

@@ -63,7 +63,10 @@ class Reader:
             with path.open("rb") as file:
                 self.header, self._begin = _read_header(file, path)
         except OSError as error:
-            raise UserError(f"journal {str(path)!r} cannot be read: {error}") from error
+            raise UserError(
+                f"journal {str(path)!r} cannot be read ({error.strerror}): give the path of a "
+                "journal.zo"
+            ) from error
         self._rewind()
 
     def __iter__(self) -> Iterator[Record]:
@@ -115,9 +118,9 @@ class Writer:
     """Appends to a journal from where a reader has read it to; damage behind that is cut off.
 
     Args:
-        reader: Has read the journal to its end.
-        sync_steps: Steps from one fsync to the next: what a power cut may take.
-        sync_seconds: The most seconds from one fsync to the next, as steps come in.
+        reader: has read the journal to its end.
+        sync_steps: steps from one fsync to the next: what a power cut may take.
+        sync_seconds: the most seconds from one fsync to the next, as steps come in.
     """
 
     def __init__(self, reader: Reader, sync_steps: int, sync_seconds: float) -> None:
@@ -192,7 +195,9 @@ def compact(source: Path, target: Path) -> None:
     try:
         replace_file(target, write)
     except OSError as error:
-        raise UserError(f"journal {str(target)!r} cannot be written: {error}") from error
+        raise UserError(
+            f"journal {str(target)!r} cannot be written ({error.strerror}): choose another place"
+        ) from error
 
 
 def _blocks(reader: Reader) -> Iterator[bytes]:

@@ -59,7 +59,8 @@ def find_lr(
         The rate, and the loss by rate of the trials, with that of the untuned weights at 0.
 
     Raises:
-        UserError: no loss is below that of the untuned weights, or that is not finite.
+        UserError: no loss is below that of the untuned weights, or only that of the last rate tried
+            at one end, by rounding perhaps; or the untuned one is not finite.
     """
     trials = _Trials(target, tokenizer, config, task, examples)
     untuned, move = trials.loss(), trials.first_move()
@@ -67,10 +68,11 @@ def find_lr(
         raise UserError("lr is 'auto' and losses are equal or not finite: give a number as --lr")
     start = _FIRST_MOVE / move
     losses = _climb(lambda power: trials.loss_after(start * _FACTOR**power), untuned)
-    if min(losses.values()) >= untuned:
+    best = min(losses, key=losses.__getitem__)
+    if losses[best] >= untuned or not {best - 1, best + 1} <= losses.keys():
         raise UserError(
-            f"lr is 'auto' and with none tried the loss falls below {untuned:.4f}: give a number "
-            "as --lr, or tune another layer"
+            f"lr is 'auto' and with none tried the loss falls below {untuned:.4f} and rises on "
+            "either side: give a number as --lr, or tune another layer"
         )
     lr = start * _FACTOR ** _lowest(losses, untuned)
     if config.steps > _BORNE * trials.steps:
@@ -117,7 +119,9 @@ class _Trials:
         still = islice(self._take(0.0), _FIRST_STEPS)
         steps = [with_lr(step, 1.0, self.config) for step in still]
         scales = [scale for step in steps for scale in update_scales(step.lr, step.gradients)]
-        return math.sqrt(sum(scale * scale for scale in scales) / len(steps))
+        # An element of U V^T / r has the variance 1 / r.
+        variance = 1 / max(1, self.rule.rank)
+        return math.sqrt(variance * sum(scale * scale for scale in scales) / len(steps))
 
     def loss_after(self, lr: float) -> float:
         """The loss when the steps are taken; then the weights are again as they were."""
@@ -157,7 +161,5 @@ def _lowest(losses: dict[int, float], untuned: float) -> float:
     How far above the untuned loss a rate explodes says nothing of where the lowest one is.
     """
     best = min(losses, key=losses.__getitem__)
-    if best - 1 not in losses or best + 1 not in losses:
-        return best
     left, right = (min(losses[best + side], untuned) - losses[best] for side in (-1, 1))
     return best + (left - right) / (2 * (left + right)) if left + right > 0 else best

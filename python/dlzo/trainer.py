@@ -23,6 +23,7 @@ from dlzo.channels import chosen_channels, outlier_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
+from dlzo.header import adapter_info, base_fields, differences
 from dlzo.journal import Reader, Writer, create
 from dlzo.learning_rate import find_lr
 from dlzo.lora import Lora
@@ -38,7 +39,6 @@ from dlzo.metrics import (
 from dlzo.models import absolute_name, decoder_layers, dtype_name, sole_use
 from dlzo.probe import probe
 from dlzo.records import Event, Header, Record, Step, encode_header
-from dlzo.replay import base_fields, differences
 from dlzo.rule import rule_of
 from dlzo.run import (
     JOURNAL_FILE,
@@ -111,7 +111,7 @@ def train(
         task = get_task(config.task)
         examples = _load_examples(task, config, data_dir)
         config = distributed.from_first_rank(lambda: _resolved(model, tokenizer, config))
-        config = replace(config, task=absolute_task(config.task))
+        config = _with_absolute_paths(config)
         with ExitStack() as stack:
             with _target(model, config).undone_by_error() as target:
                 if config.lr == "auto":
@@ -367,21 +367,11 @@ class _Run:
             raise
         if distributed.rank() != 0:
             return
-        config = self.config
         save_adapter(
             self.out,
             self.target,
             base_fingerprint=self.header.base_fingerprint,
-            info={
-                "task": self.task.name,
-                "method": config.method,
-                "step": self.progress.best["step"],
-                "seed": config.seed,
-                "eps": config.eps,
-                "lr": config.lr,
-                "batch_size": config.batch_size,
-                "model_fingerprint": self.header.settings["model_fingerprint"],
-            },
+            info=adapter_info(self.header, self.progress.best["step"]),
         )
 
     def _digest(self) -> str:
@@ -478,6 +468,16 @@ def _resolved(
     elif not isinstance(channels, str):
         channels = sorted(set(channels))
     return replace(config, layer=layers, channels=channels)
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration as it holds from any folder."""
+    folder = config.prefix_cache_dir
+    return replace(
+        config,
+        task=absolute_task(config.task),
+        prefix_cache_dir=None if folder is None else str(Path(folder).resolve()),
+    )
 
 
 def _target(model: PreTrainedModel, config: TrainConfig) -> Target:

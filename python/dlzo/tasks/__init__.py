@@ -4,7 +4,7 @@
 file, `known` finds them by name, `data` reads their rows, `hub` fetches public data sets.
 """
 
-from dlzo.tasks.data import Split, fingerprint, load_split, load_splits
+from dlzo.tasks.data import Split, check_folder, fingerprint, load_split, load_splits
 from dlzo.tasks.known import absolute_task, get_task, register
 from dlzo.tasks.task import Example, Field, Metric, Task, TrainingLoss, answers, label, texts
 
@@ -17,6 +17,7 @@ __all__ = [
     "TrainingLoss",
     "absolute_task",
     "answers",
+    "check_folder",
     "fingerprint",
     "get_task",
     "label",

@@ -25,10 +25,8 @@ def load_split(task: Task, data_dir: str | Path, split: Split) -> list[Example]:
     """
     if split not in get_args(Split):
         raise UserError(f"split {split!r} is not known: choose one of {', '.join(get_args(Split))}")
-    folder = Path(data_dir)
-    if not folder.is_dir():
-        raise UserError(f"data folder {str(folder)!r} does not exist or is no folder")
-    path = folder / f"{split}.jsonl"
+    check_folder(data_dir)
+    path = Path(data_dir) / f"{split}.jsonl"
     examples = [
         _example(task, line, f"{str(path)!r} line {number}")
         for number, line in enumerate(read_text(path).split("\n"), start=1)
@@ -37,6 +35,15 @@ def load_split(task: Task, data_dir: str | Path, split: Split) -> list[Example]:
     if not examples:
         raise UserError(f"{str(path)!r} holds no examples: give one JSON object a line")
     return examples
+
+
+def check_folder(data_dir: str | Path) -> None:
+    """Raises UserError unless there is such a folder."""
+    if not Path(data_dir).is_dir():
+        raise UserError(
+            f"data folder {str(data_dir)!r} does not exist or is no folder: give that of "
+            "train.jsonl, validation.jsonl and test.jsonl"
+        )
 
 
 def load_splits(task: Task, data_dir: str | Path) -> dict[Split, list[Example]]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dlzo.errors import UserError
+from dlzo.files import user_path
 from dlzo.tasks.task import Example, Field, Task, is_texts, value_of
 
 SUFFIXES = (".yaml", ".yml")
@@ -30,7 +31,7 @@ def read_task(path: str | Path) -> Task:
         UserError: the file cannot be read, or is not valid; the message names the key.
     """
     try:
-        return _parse(_read(Path(path).expanduser()))
+        return _parse(_read(user_path(path)))
     except (UserError, ValueError) as error:
         raise UserError(f"task file {str(path)!r}: {error}") from error
 
@@ -83,7 +84,7 @@ def _parse(values: Mapping[str, Any]) -> Task:
             if key in values:
                 raise ValueError(f"key {key!r} does not go with 'answers': leave out one of them")
         answers = _text(values, "answers")
-        field = Field((answers,), "a string, or a list of one string or more", _is_answers)
+        field = Field((answers,), "a line of text, or a list of one or more", _is_answers)
         fields = (*prompt.fields, field)
         return Task(name, fields, _generation(prompt, answers), loss="gold", metric="f1")
     options, option_fields = _parse_options(values)
@@ -171,7 +172,6 @@ def _generation(prompt: _Template, answers: str) -> Render:
     def render(row: Mapping[str, Any]) -> Example:
         text, gold = prompt.render(row), value_of(row, answers)
         gold = (gold,) if isinstance(gold, str) else tuple(gold)
-        # An answer ends with its line, as generation does.
         return Example(text, (f"{'' if text[-1:].isspace() else ' '}{gold[0]}\n",), 0, gold)
 
     return render
@@ -182,7 +182,9 @@ def _is_short(value: object) -> bool:
 
 
 def _is_answers(value: object) -> bool:
-    return isinstance(value, str) or is_texts(value)
+    # An answer ends with its line, as generation does.
+    texts = [value] if isinstance(value, str) else value
+    return is_texts(texts) and not any("\n" in text for text in texts)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import numpy as np
 from filelock import FileLock
 
 from dlzo.errors import UserError
-from dlzo.files import new_folder
-from dlzo.smollm2 import cache_dir
+from dlzo.files import cache_dir, new_folder
 from dlzo.tasks.data import Split
 from dlzo.tasks.known import get_task
 
@@ -26,8 +25,8 @@ class Source:
 
     Attributes:
         path: OWNER/NAME, or a folder in the form of the hub's repositories.
-        config: Its configuration; None for the only one.
-        validation: Rows for validation.
+        config: its configuration; None for the only one.
+        validation: rows for validation.
     """
 
     path: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dlzo.errors import UserError
+from dlzo.files import user_path
 from dlzo.tasks import mezo
 from dlzo.tasks.described import SUFFIXES, read_task
 from dlzo.tasks.task import Task
@@ -47,4 +48,4 @@ def get_task(name: str | Path) -> Task:
 
 def absolute_task(name: str) -> str:
     """A task's name as it holds from any folder."""
-    return str(Path(name).expanduser().resolve()) if name.endswith(SUFFIXES) else name
+    return str(user_path(name).resolve()) if name.endswith(SUFFIXES) else name

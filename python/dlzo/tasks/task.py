@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from dlzo.errors import UserError
 
@@ -21,10 +21,10 @@ class Example:
     """A prompt and the options that may follow it; `prompt + option` is the text that is scored.
 
     Attributes:
-        prompt: What the model reads.
-        options: The texts to choose from; of a generation task the first answer alone.
-        gold: Index of the right option.
-        answers: Gold answers of a generation task; empty for the others.
+        prompt: what the model reads.
+        options: the texts to choose from; of a generation task the first answer alone.
+        gold: index of the right option.
+        answers: gold answers of a generation task; empty for the others.
 
     Raises:
         ValueError: `gold` is no index of an option, or texts are given as one.
@@ -54,9 +54,9 @@ class Field:
     """A value that each row of a data set must hold.
 
     Attributes:
-        names: Its names, of which a row holds one; "a.b" is field b of the object a.
-        expected: What the value must be, to follow "must be" in a message.
-        accepts: Whether a value is that.
+        names: its names, of which a row holds one; "a.b" is field b of the object a.
+        expected: what the value must be, to follow "must be" in a message.
+        accepts: whether a value is that.
     """
 
     names: tuple[str, ...]
@@ -69,12 +69,12 @@ class Task:
     """How the rows of one data set are read: JSON fields in, an `Example` out.
 
     Attributes:
-        name: The name on the command line: letters, digits, "-", "_" and ".".
-        fields: What each row must hold; other fields are ignored.
-        render: Makes the example from a row that has these fields; a ValueError refuses the row.
-        loss: What training minimises: "options" is the cross-entropy over the options' mean
+        name: the name on the command line: letters, digits, "-", "_" and ".".
+        fields: what each row must hold; other fields are ignored.
+        render: makes the example from a row that has these fields; a ValueError refuses the row.
+        loss: what training minimises: "options" is the cross-entropy over the options' mean
             log-probabilities, "gold" the mean token cross-entropy of the gold option.
-        metric: What is reported: "accuracy" of the best option, or "f1" of a generated answer,
+        metric: what is reported: "accuracy" of the best option, or "f1" of a generated answer,
             for which examples need `answers`.
 
     Raises:
@@ -132,7 +132,7 @@ def answers(name: str) -> Field:
     return Field((name,), "a list of one string or more", is_texts)
 
 
-def is_texts(value: object) -> bool:
+def is_texts(value: object) -> TypeGuard[list[str]]:
     """Whether a value is a list of one string or more."""
     return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
 
