@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers
-from dlzo.sites import Sites, first_tensor, forward
+from dlzo.sites import Sites, forward, hidden_state
 from dlzo_kernels import activation_stats
 
 # The layer's output, its attention's, its MLP's, and what goes into the MLP's down projection.
@@ -144,7 +144,7 @@ def channel_maxima(
     found: list[Tensor] = []
 
     def look(_module: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        found.append(activation_stats(first_tensor(output), per="channel").absmax.cpu())
+        found.append(activation_stats(hidden_state(output), per="channel").absmax.cpu())
 
     with ExitStack() as stack:
         for layer in layers:
@@ -185,7 +185,7 @@ def _hooks(
     """Forward hooks that take in a layer's activations, and the modules that they belong to."""
 
     def takes_output(site: Site) -> Callable[..., None]:
-        return lambda _module, _args, output: add(site, first_tensor(output))
+        return lambda _module, _args, output: add(site, hidden_state(output))
 
     yield layer, takes_output("block")
     if inner is None:

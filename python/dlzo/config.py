@@ -100,6 +100,12 @@ class TrainConfig:
         given = [self.layer] if isinstance(self.layer, int) else self.layer or ()
         return tuple(sorted(set(given)))
 
+    @property
+    def given_rank(self) -> int:
+        """The rank, which is a number from the beginning, whatever was left out."""
+        assert self.rank is not None
+        return self.rank
+
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, from 1: the whole lr at the first one."""
         lr, done = float(self.lr), (step - 1) / self.steps
@@ -113,18 +119,29 @@ class TrainConfig:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, _plain(value))
         self._check_types()
-        if self.method not in METHODS:
-            raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
-        rank = self.rank
-        if rank is None:
+        if self.rank is None:
             rank = _LORA_RANK if self.method == "lora" else _LOZO_RANK
             object.__setattr__(self, "rank", rank)
+        self._check_what_is_tuned()
+        self._check_channels()
+        self._check_numbers()
+        self._check_rates()
+
+    def _check_what_is_tuned(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
         if self.part not in PARTS:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
             raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
         if self.method == "mezo" and self.layers:
             raise UserError("method 'mezo' tunes all parameters: leave out layer")
+        if self.method == "lora" and self.part != "all":
+            raise UserError(f"part is {self.part!r} and method 'lora' has its own: leave it out")
+        if self.method != "dominant" and self.part != "all" and not self.layers:
+            raise UserError(f"part is {self.part!r} of all parameters: leave it out")
+
+    def _check_channels(self) -> None:
         if isinstance(self.channels, str) and self.channels not in CHANNELS:
             raise UserError(f"channels are {self.channels!r}: choose {' or '.join(CHANNELS)}")
         if not isinstance(self.channels, str) and not (
@@ -135,19 +152,23 @@ class TrainConfig:
             raise UserError(f"method {self.method!r} tunes all channels: leave out channels")
         if not 0 < self.top <= 1:
             raise UserError(f"top is {self.top}: give a share of the channels, such as 0.01")
-        if self.method == "lora" and self.part != "all":
-            raise UserError(f"part is {self.part!r} and method 'lora' has its own: leave it out")
-        if self.method != "dominant" and self.part != "all" and not self.layers:
-            raise UserError(f"part is {self.part!r} of all parameters: leave it out")
+
+    def _check_numbers(self) -> None:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
         if self.directions > MAX_DIRECTIONS:
             raise UserError(f"directions is {self.directions}: give at most {MAX_DIRECTIONS}")
-        if rank > MAX_RANK:
-            raise UserError(f"rank is {rank}: give at most {MAX_RANK}")
+        if self.given_rank > MAX_RANK:
+            raise UserError(f"rank is {self.rank}: give at most {MAX_RANK}")
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
+        if not 0 <= self.sync_seconds < math.inf:
+            raise UserError(
+                f"sync_seconds is {self.sync_seconds}: give a finite number of 0 or above"
+            )
+
+    def _check_rates(self) -> None:
         check_eps(self.eps)
         lr = 0.0 if self.lr == "auto" else self.lr
         if type(lr) not in (int, float) or not (math.isfinite(lr) and lr >= 0):
@@ -161,10 +182,6 @@ class TrainConfig:
             )
         if self.lr_per_spread and self.weight_decay:
             raise UserError("lr_per_spread has no weight decay: leave one of the two out")
-        if not 0 <= self.sync_seconds < math.inf:
-            raise UserError(
-                f"sync_seconds is {self.sync_seconds}: give a finite number of 0 or above"
-            )
 
     def _check_types(self) -> None:
         for name, kind in _kinds().items():
@@ -213,11 +230,10 @@ def _plain(value: Any) -> Any:
 
 def parse_config(values: Mapping[str, Any], out: Path) -> TrainConfig:
     """The configuration in a settings file from anywhere."""
-    # A hint may have parameters, which isinstance does not take; a run has a number as its lr.
-    own = {"layer": int | list | None, "channels": str | list, "lr": float}
-    types = get_type_hints(TrainConfig) | own
+    # The hints of others may have parameters, which isinstance does not take; a run has a number.
+    kinds = {**_kinds(), "layer": int | list | None, "channels": str | list, "lr": float}
     for name, value in values.items():
-        if not _is_of(types.get(name, ()), value):
+        if not _is_of(kinds.get(name, ()), value):
             raise UserError(f"the settings in {str(out)!r} have no valid {name[:60]!r}")
     try:
         return TrainConfig(**values)

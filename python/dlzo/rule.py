@@ -78,7 +78,7 @@ class Rule:
 def rule_of(config: TrainConfig) -> Rule:
     """The rule of a run."""
     if config.method == "lozo":
-        return Rule(config.seed, config.weight_decay, config.rank, config.interval)
+        return Rule(config.seed, config.weight_decay, config.given_rank, config.interval)
     return Rule(config.seed, config.weight_decay)
 
 

@@ -31,7 +31,7 @@ from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.scoring.layout import Pack, pad_rows
 from dlzo.scoring.scorer import ROW_TOKENS
-from dlzo.sites import check_reached, first_tensor, forward
+from dlzo.sites import check_reached, forward, hidden_state
 from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
 from dlzo_kernels import zo_step
@@ -230,7 +230,7 @@ def _hidden_states(model: PreTrainedModel, batch: Sequence[EncodedExample]) -> l
     found: list[list[Tensor]] = [[] for _ in layers]
 
     def record(index: int, pack: Pack, _layer: nn.Module, _args: Any, output: Any) -> None:
-        hidden = first_tensor(output)
+        hidden = hidden_state(output)
         rows = [hidden[row, columns] for row, columns in pack.places.values()]
         found[index].append(torch.cat(rows).cpu())
 

@@ -78,6 +78,19 @@ def first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def hidden_state(output: Any) -> Tensor:
+    """What a decoder layer passes on.
+
+    Raises:
+        UserError: it is no tensor.
+    """
+    if (hidden := first_tensor(output)) is None:
+        raise UserError(
+            f"a decoder layer gives a {type(output).__name__}, no tensor: choose another model"
+        )
+    return hidden
+
+
 def forward(model: PreTrainedModel, tokens: Tensor) -> None:
     """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens)."""
     # Offloaded weights lie on the meta device; the hooks that bring them in move the inputs too.

@@ -32,6 +32,7 @@ from dlzo.metrics import (
     Metrics,
     Progress,
     history,
+    known,
     loss_of,
     metrics_text,
     peak_rss_mb,
@@ -120,7 +121,7 @@ def train(
                 run = _Run(target, tokenizer, config, task, examples, out)
                 untuned = run.evaluate_untuned()
                 settings = {
-                    "model": absolute_name(model.name_or_path),
+                    "model": absolute_name(model.name_or_path or ""),
                     "dtype": dtype_name(model.dtype),
                     "device": _device_name(model),
                     "data": str(Path(data_dir).resolve()),
@@ -304,7 +305,7 @@ class _Run:
             if self.progress.skipped_in_a_row == DIVERGED:
                 raise UserError(
                     f"the losses of the last {DIVERGED} steps were not finite or had exploded: the "
-                    f"best weights, of step {self.progress.best['step']}, are in "
+                    f"best weights, of step {known(self.progress.best)['step']}, are in "
                     f"{str(self.out)!r}; start another run with a smaller lr or eps"
                 )
             self._step(self.progress.step + 1)
@@ -314,7 +315,7 @@ class _Run:
         batch = batch_of(self.train_set, config.seed, step, config.batch_size)
         started = time.perf_counter()
         # In a journal the untuned model's loss is finite.
-        max_loss = EXPLODED * max(1.0, loss_of(self.progress.untuned))
+        max_loss = EXPLODED * max(1.0, loss_of(known(self.progress.untuned)))
         self._record(take_step(self.rule, self.target, self.scorer, batch, config, step, max_loss))
         self.step_ms.append(1e3 * (time.perf_counter() - started))
 
@@ -355,7 +356,7 @@ class _Run:
         distributed.check_equal(self.target.fingerprint, f"the weights after step {step}")
         found = score(self.scorer, self.task, self.validation_set)
         self._record(Event(step, "validation", found))
-        if self.progress.best["step"] == step:
+        if known(self.progress.best)["step"] == step:
             self._keep_as_best()
 
     def _keep_as_best(self) -> None:
@@ -371,7 +372,7 @@ class _Run:
             self.out,
             self.target,
             base_fingerprint=self.header.base_fingerprint,
-            info=adapter_info(self.header, self.progress.best["step"]),
+            info=adapter_info(self.header, known(self.progress.best)["step"]),
         )
 
     def _digest(self) -> str:
@@ -382,7 +383,7 @@ class _Run:
         """Writes the metrics."""
         config, progress = self.config, self.progress
         metrics = Metrics(
-            model=self.model.name_or_path,
+            model=self.model.name_or_path or "",
             task=self.task.name,
             method=config.method,
             layers=list(self.target.layers),
@@ -395,10 +396,10 @@ class _Run:
             lr=float(config.lr),
             seed=config.seed,
             dtype=dtype_name(self.model.dtype),
-            zero_shot=progress.untuned,
-            best=progress.best,
-            final=progress.final,
-            test=progress.test,
+            zero_shot=known(progress.untuned),
+            best=known(progress.best),
+            final=known(progress.final),
+            test=known(progress.test),
             skipped=progress.skipped,
             step_ms_median=median(self.step_ms) if self.step_ms else None,
             seconds=time.perf_counter() - started,
@@ -481,7 +482,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _target(model: PreTrainedModel, config: TrainConfig) -> Target:
-    lora = Lora(config.rank, config.seed) if config.method == "lora" else None
+    lora = Lora(config.given_rank, config.seed) if config.method == "lora" else None
     target = Target(model, config.layers, config.part, lora, chosen_channels(config.channels))
     target.check_tunable()
     return target

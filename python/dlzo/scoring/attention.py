@@ -156,7 +156,7 @@ def _attend(
     windowed = window is not None and window < tree.height
     if tree.is_chain and not windowed and softcap is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    mask = (tree.ancestors_within(window) if windowed else tree.ancestors).to(query.device)
+    mask = (tree.ancestors if window is None else tree.ancestors_within(window)).to(query.device)
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -118,7 +118,7 @@ class Scorer:
         self._last_mlp: nn.Module | None = None
         self._norms: dict[nn.Module, float] = {}
         self._takes_input = False
-        self._frozen = FrozenWeights(model, self.layer)
+        self._frozen = None if self.layer is None else FrozenWeights(model, self.layer)
         self._below: dict[nn.Module, Beside | None] = {}
         with self._turn:
             self._find_what_is_allowed(cache)
@@ -196,7 +196,9 @@ class Scorer:
                 values = sum(map(len, missing)) * self._hidden_size
                 if not cache.has_room(values * self.model.dtype.itemsize):
                     break
-                hidden = self._layer_input(pack) if missing else None
+                if not missing:
+                    continue
+                hidden = self._layer_input(pack)
                 for tokens in missing:
                     row, columns = pack.places[tokens]
                     cache.put(tokens, hidden[row, columns], neighbours)
@@ -322,7 +324,7 @@ class Scorer:
                 rows, multiple = len(pack.inputs["input_ids"]), self._length_multiple
                 places = readout.row, readout.column
                 stack.enter_context(only_at(self._last_mlp, rows, *places, multiple))
-            if states or hidden is not None:
+            if self.layer is not None and (states or hidden is not None):
                 stack.enter_context(under_states(self.layer, states or [nullcontext], hidden))
             if hidden is not None:
                 for layer, beside in self._below.items():
@@ -377,6 +379,7 @@ class Scorer:
 
     def _layer_input(self, pack: Pack) -> Tensor:
         """What the tuned layer sees: shape (rows, length, hidden size)."""
+        assert self.layer is not None  # there is no cache without one
         with stopped_at(self.layer):
             try:
                 self._forward(pack)
@@ -386,7 +389,7 @@ class Scorer:
 
     def _bound_cache(self) -> PrefixCache | None:
         """The cache, holding nothing of other weights than there are now."""
-        if self.cache is not None:
+        if self.cache is not None and self._frozen is not None:
             self.cache.bind(self._frozen.fingerprint())
         return self.cache
 
@@ -424,14 +427,23 @@ class Scorer:
             or self._problem(best, (), expected)
             or self._leak()
         )
-        if self.layer is None:
-            return
+        if self.layer is not None:
+            self._find_what_states_allow(cache, {first, second}, batch, expected)
+
+    def _find_what_states_allow(
+        self,
+        cache: PrefixCache | None,
+        sequences: set[Tokens],
+        batch: Sequence[EncodedExample],
+        expected: Tensor,
+    ) -> None:
+        """Whether states run side by side, and over an input that is given."""
         if (name := sharing_module(self.model, self.layers)) is not None:
             # A state would change more of the model than the tuned layers.
             shared = f"{name} shares weights with a tuned layer"
             self.states_problem, self.cache_problem = shared, shared
             return
-        best = plan_of(batch, self._lay_out({first, second}))
+        best = plan_of(batch, self._lay_out(sequences))
         if len(self.layers) > 1:
             self.states_problem = f"{len(self.layers)} layers are tuned"
         else:
