@@ -1,6 +1,8 @@
 """Both GPU columns on a device: bits of the CPU, streams, graphs, a step that waits for nothing.
 
-    pytest -m gpu
+    pytest -m gpu -n 8 --dist=load
+
+Triton compiles each of its kernels for some seconds; the processes share that.
 
 Under NVIDIA's checker: `compute-sanitizer --tool memcheck pytest -m gpu`, and again with
 `racecheck` and `initcheck`.
@@ -17,14 +19,7 @@ from torch import Tensor, nn
 
 import dlzo_kernels as dk
 from bits import VIEWS, assert_same_bits, weights
-from dlzo.adapter import load_adapter
-from dlzo.evaluation import evaluate
-from dlzo.probe import probe
-from dlzo.replay import replay
-from dlzo.trainer import train
 from dlzo_kernels.ops import _gpu
-from runs import CONFIG, TOKENIZER, write_data
-from tiny import tiny_model
 from trees import assert_right, chain, inputs, tree
 
 pytestmark = [
@@ -307,9 +302,20 @@ def test_a_run_replays_to_the_same_bits_on_the_cpu(dtype, directions):
         same(on_gpu.detach(), on_cpu.detach())
 
 
+# What follows imports dlzo late: kernels are tested where its own dependencies are not there too.
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, method="mezo", layer=None, steps=20)])
-def test_a_training_run_has_the_same_bits_on_the_cpu(dtype, config, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"method": "mezo", "layer": None, "steps": 20}], ids=str)
+def test_a_training_run_has_the_same_bits_on_the_cpu(dtype, changes, tmp_path):
+    from dlzo.adapter import load_adapter
+    from dlzo.evaluation import evaluate
+    from dlzo.replay import replay
+    from dlzo.trainer import train
+    from runs import CONFIG, TOKENIZER, write_data
+    from tiny import tiny_model
+
+    config = replace(CONFIG, **changes)
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
     there, loaded, replayed = (tiny_model(dtype=dtype) for _ in range(3))
     metrics = train(there.cuda(), TOKENIZER, config, data, out)
@@ -326,6 +332,10 @@ def test_a_training_run_has_the_same_bits_on_the_cpu(dtype, config, tmp_path):
 
 
 def test_the_probe_finds_the_same_layer():
+    from dlzo.probe import probe
+    from runs import TOKENIZER
+    from tiny import tiny_model
+
     here, there = (probe(tiny_model().to(name), TOKENIZER) for name in ("cpu", "cuda"))
     assert there.decision.layer == here.decision.layer
     assert there.decision.verdict == here.decision.verdict
