@@ -266,6 +266,18 @@ def test_what_cannot_be_used_is_told_before_a_model_is_fetched(run, monkeypatch,
         assert code == 2 and named in err
 
 
+def test_a_replay_and_a_finished_run_are_known_before_a_model_is_fetched(
+    run, monkeypatch, finished, tmp_path
+):
+    monkeypatch.delattr(cli, "load_model")
+    journal = finished / "journal.zo"
+    for more in (["--out", tmp_path, "--until", 5], ["--out", finished]):
+        code, _, err = run("replay", "m", journal, *more)
+        assert code == 2 and ("step 5 is not in" in err or "holds an adapter" in err)
+    code, text, _ = run("train", "--resume", finished)
+    assert code == 0 and "is finished" in text and "untuned" in text
+
+
 def test_the_folder_that_one_is_in_may_be_replaced(run, model, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run(*train_arguments(model, data, out))[0] == 0

@@ -38,19 +38,18 @@ from dlzo.evaluation import evaluate
 from dlzo.export import Form, export
 from dlzo.files import replace_text
 from dlzo.harness import lm_eval, lm_eval_report
-from dlzo.journal import Reader
 from dlzo.metrics import HistoryEntry, Metrics
 from dlzo.models import decoder_layers, load_model, parse_dtype
 from dlzo.plots import check_suffix, plot_history, plot_probe, plot_sensitivity
 from dlzo.probe import probe
-from dlzo.replay import replay
-from dlzo.run import JOURNAL_FILE, METRICS_FILE, check_free, read_settings
+from dlzo.replay import check_replay, replay
+from dlzo.run import JOURNAL_FILE, check_free, read_settings
 from dlzo.sensitivity import sensitivity
 from dlzo.target import describe
 from dlzo.tasks import Split, check_folder, get_task
 from dlzo.tasks.hub import public_data
 from dlzo.terminal import complain, console, say
-from dlzo.trainer import resume, train
+from dlzo.trainer import finished, resume, train
 from dlzo_kernels import __version__
 
 app = typer.Typer(
@@ -279,7 +278,8 @@ def replay_command(
     until: Annotated[int | None, typer.Option(help="Last step; by default, of all.")] = None,
 ) -> None:
     """Rebuild what was tuned from the base model and a journal, bit for bit."""
-    loaded, _ = load_model(model, dtype=parse_dtype(Reader(journal).header.dtype))
+    reader, _ = check_replay(journal, out, until)  # before a model is fetched
+    loaded, _ = load_model(model, dtype=parse_dtype(reader.header.dtype))
     reader = replay(loaded, journal, out, until=until)
     warn(reader)
     header = reader.header
@@ -473,8 +473,9 @@ def _refuse_beside_resume(context: typer.Context) -> None:
 
 
 def _resume(out: Path, device: str | None) -> Metrics:
-    if (out / METRICS_FILE).exists():
+    if (metrics := from_first_rank(lambda: finished(out))) is not None:
         say(f"the run in {out} is finished")
+        return metrics
     settings = from_first_rank(lambda: read_settings(out))
     config, dtype = parse_config(settings["config"], out), parse_dtype(settings["dtype"])
     # Earlier releases had the CPU only, and did not say so.

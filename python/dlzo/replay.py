@@ -14,6 +14,30 @@ from dlzo.journal import Reader
 from dlzo.rule import rule_in
 
 
+def check_replay(
+    journal: str | Path, out: str | Path, until: int | None = None
+) -> tuple[Reader, int]:
+    """What can be told of a replay without a model.
+
+    Returns:
+        The journal's reader, which has read to the end, and the last step to take.
+
+    Raises:
+        UserError: there is no such journal or step, or `out` holds an adapter.
+    """
+    reader = Reader(Path(journal))
+    if (Path(out) / WEIGHTS_FILE).exists():
+        raise UserError(f"{str(out)!r} holds an adapter: choose another folder")
+    for _ in reader:
+        pass
+    until = reader.last if until is None else until
+    if not 0 <= until <= reader.last:
+        raise UserError(
+            f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
+        )
+    return reader, until
+
+
 def replay(
     model: PreTrainedModel, journal: str | Path, out: str | Path, *, until: int | None = None
 ) -> Reader:
@@ -33,23 +57,14 @@ def replay(
             many steps, or `out` holds an adapter or cannot be made: model and files are as they
             were; or the disk is full at the end.
     """
-    path, folder = Path(journal), Path(out)
-    reader = Reader(path)
-    if (folder / WEIGHTS_FILE).exists():
-        raise UserError(f"{str(folder)!r} holds an adapter: choose another folder")
-    for _ in reader:
-        pass
-    until = reader.last if until is None else until
-    if not 0 <= until <= reader.last:
-        raise UserError(
-            f"step {until} is not in journal {str(journal)!r}, which has {reader.last} steps"
-        )
+    reader, until = check_replay(journal, out, until)
+    folder = Path(out)
     header, rule = reader.header, rule_in(reader.header)
     target = fitting_target(reader, model)
     with target.undone_by_error():
         try:
             folder.mkdir(parents=True, exist_ok=True)  # fails, if at all, before a weight moves
-            rule.replay(target.modules, islice(Reader(path).steps(), until))
+            rule.replay(target.modules, islice(Reader(reader.path).steps(), until))
             save_adapter(
                 folder,
                 target,

@@ -410,8 +410,17 @@ class _Run:
         return metrics
 
 
+def finished(out: Path) -> Metrics | None:
+    """The metrics of the run in a folder, if it is finished.
+
+    Raises:
+        UserError: it holds no run, or is in use.
+    """
+    with existing_run(out):
+        return _finished(out)
+
+
 def _finished(out: Path) -> Metrics | None:
-    """The metrics of a run that is finished."""
     metrics = read_metrics(out)
     if metrics is not None:
         finish(out, metrics_text(cast(Metrics, metrics)))
