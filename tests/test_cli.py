@@ -393,6 +393,7 @@ def test_damaged_settings_are_named(run, tmp_path, finished):
     settings = json.loads((out / "run.json").read_text())
     settings["config"]["steps"] = "x"
     (out / "run.json").write_text(json.dumps(settings))
+    (out / "metrics.json").unlink()  # a finished run is shown without them
     code, _, err = run("train", "--resume", out)
     assert code == 2 and "have no valid 'steps'" in err
 
