@@ -13,9 +13,11 @@ from typing import Literal
 from dlzo.errors import UserError
 
 Verdict = Literal["dominant", "ambiguous", "gradual", "none"]
+
 # The constants of `decide`. The ranges are those over which no layer and no verdict changes on 20
 # measured profiles: 19 public ones of arXiv 2605.15572 (of the Qwen2.5, Qwen2.5-VL, Qwen3, Qwen3.5,
 # Gemma, Ling and gpt-oss families), and SmolLM2-135M-Instruct.
+
 # Massive activations emerge as a rise of max|h| by this factor within three layers: 5.7 to 12.6.
 EMERGENCE_RISE = 10.0
 # A layer must contribute this factor itself: up to 10.8. It also says which runners-up are named.
