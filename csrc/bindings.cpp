@@ -169,6 +169,7 @@ PYBIND11_MODULE(_C, module) {
                  reinterpret_cast<const char*>(weight), dtype_of(dtype), rows, size, eps, threads);
       },
       unlocked);
+  module.def("made_by_intel", &made_by_intel);
   module.def("isas", [] {
     std::vector<std::tuple<std::string, bool, bool, std::string>> rows;
     for (const Isa& isa : isas()) rows.emplace_back(isa.name, isa.built, isa.runs, isa.reason);

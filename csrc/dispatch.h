@@ -13,6 +13,7 @@ struct Isa {
   std::string reason;  // why it was not built or does not run; empty otherwise
 };
 
+bool made_by_intel();     // the processor
 std::vector<Isa> isas();  // best first
 
 // Throws std::invalid_argument for an ISA that cannot run here.

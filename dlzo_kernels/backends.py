@@ -33,8 +33,17 @@ def roundings(device: torch.device) -> str:
     """What the rounding of a forward on a device depends on, beside releases and threads."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} {_gpu.why_no_triton() or 'triton'}"
-    amx = torch.cpu._is_amx_tile_supported()
-    return f"{_C.selected_isa()} {torch.backends.cpu.get_cpu_capability()} amx {amx}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    amx, intel = torch.cpu._is_amx_tile_supported(), _C.made_by_intel()
+    return f"{_C.selected_isa()} {capability} amx {amx} intel {intel}"
+
+
+def has_slow_bfloat16() -> bool:
+    """Whether the CPU's bfloat16 products are slower than its float32 ones: Intel's without AMX.
+
+    Virtual machines may hide AMX; VDPBF16PS alone has half the rate of float32 there.
+    """
+    return _C.made_by_intel() and not torch.cpu._is_amx_tile_supported()
 
 
 def report() -> str:

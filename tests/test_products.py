@@ -1,6 +1,8 @@
-"""16-bit products where torch has no kernels for them: here it is made to seem so."""
+"""16-bit products where torch's own are slower: here they are made to seem so."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from bits import assert_same_bits
 from dlzo import probe, products
 from dlzo.generation import generate
-from dlzo.products import fast_products, has_kernels
+from dlzo.products import fast_products, least_rows
 from dlzo.scoring import Scorer
 from dlzo.tasks import Example
+from dlzo_kernels import _C
 from tiny import byte_tokenizer, tiny_model
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -22,7 +25,7 @@ EXAMPLES = [Example("a fine film , and a long one It was", (" terrible", " great
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The shapes of x in the products that run in float32, where torch has kernels for it alone."""
+    """The shapes of x in the products that run in float32, where torch is fast at it alone."""
     shapes = []
     own = products._linear
 
@@ -32,7 +35,9 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(products, "_linear", linear)
     for module in ("dlzo.products", "dlzo.scoring.scorer"):
-        monkeypatch.setattr(f"{module}.has_kernels", lambda dtype: dtype not in HALVES)
+        monkeypatch.setattr(
+            f"{module}.least_rows", lambda dtype: 16 if dtype in HALVES else math.inf
+        )
     return shapes
 
 
@@ -80,17 +85,31 @@ def test_what_torch_does_better_or_others_do_is_left_to_them(taken):
     assert taken == []
 
 
-def test_nothing_changes_where_torch_has_kernels(taken, monkeypatch):
-    monkeypatch.setattr(products, "has_kernels", lambda dtype: True)
+def test_nothing_changes_where_torch_is_fast(taken, monkeypatch):
+    monkeypatch.setattr(products, "least_rows", lambda dtype: math.inf)
     module = nn.Linear(24, 10).bfloat16()
     with torch.inference_mode(), fast_products(module):
         module(torch.randn(20, 24).bfloat16())
     assert taken == []
 
 
-def test_wide_numbers_have_kernels_everywhere():
-    assert has_kernels(torch.float32)
-    assert has_kernels(torch.float64)
+def test_wide_numbers_are_torchs_everywhere():
+    assert least_rows(torch.float32) == math.inf
+    assert least_rows(torch.float64) == math.inf
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("intel", [True, False])
+@pytest.mark.parametrize("amx", [True, False])
+def test_halves_are_torchs_by_the_processor(monkeypatch, dtype, kernels, intel, amx):
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: kernels)
+    monkeypatch.setattr(_C, "made_by_intel", lambda: intel)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    slow = dtype is torch.bfloat16 and intel and not amx
+    expected = (64 if slow else math.inf) if kernels else 16
+    assert least_rows.__wrapped__(dtype) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -101,7 +120,7 @@ def test_the_scorer_uses_it(taken, family):
     taken.clear()
     found = scorer.scores(plan)
     assert taken
-    assert "matrix products in float32: torch has no bfloat16 kernels" in plan.explain()
+    assert "matrix products in float32: torch's bfloat16 ones are slower" in plan.explain()
     wide = Scorer(model.float(), byte_tokenizer())
     wide_plan = wide.plan(wide.encode(EXAMPLES))
     torch.testing.assert_close(found, wide.scores(wide_plan), atol=0.05, rtol=0.02)

@@ -1,7 +1,8 @@
-"""16-bit matrix products on CPUs for which torch has no kernels: in float32."""
+"""16-bit matrix products in float32, on CPUs where torch's own are slower."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -12,20 +13,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# With fewer rows, converting the weights takes longer than torch's own product.
-_LEAST_ROWS = 16
+from dlzo_kernels.backends import has_slow_bfloat16
+
 # Of weights, converted at a time: 16 MB in float32, which caches hold.
 _CONVERTED = 1 << 22
 
 
 @cache
-def has_kernels(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this dtype by vector instructions of this CPU.
+def least_rows(dtype: torch.dtype) -> float:
+    """From how many rows on a product of this dtype is faster in float32, on this CPU.
 
-    On x86 it does not for bfloat16 without AVX-512, nor for float16 without AVX512-FP16.
+    16 where torch has no kernels for it (on x86 for bfloat16 without AVX-512, for float16 without
+    AVX512-FP16), 64 for bfloat16 on Intel's processors without AMX; with fewer, converting the
+    weights takes longer. Infinite for what torch does best itself.
     """
     if dtype not in (torch.bfloat16, torch.float16):
-        return True
+        return math.inf
+    if not _has_kernels(dtype):
+        return 16
+    return 64 if dtype is torch.bfloat16 and has_slow_bfloat16() else math.inf
+
+
+def _has_kernels(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:
@@ -34,12 +43,13 @@ def has_kernels(dtype: torch.dtype) -> bool:
 
 
 def fast_products(model: nn.Module) -> AbstractContextManager[object]:
-    """Lets a model's products run in float32 where torch has no kernels for their 16-bit dtype.
+    """Lets a model's 16-bit products run in float32 where torch's own are slower.
 
     Sums are in float32 and rounded once, as in torch's kernels for 16 bits.
     """
     dtypes = {p.dtype for p in model.parameters() if p.device.type == "cpu"}
-    return nullcontext() if all(map(has_kernels, dtypes)) else _InFloat32()
+    slow = any(least_rows(dtype) < math.inf for dtype in dtypes)
+    return _InFloat32() if slow else nullcontext()
 
 
 class _InFloat32(TorchFunctionMode):
@@ -77,9 +87,8 @@ def _is_slow(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         # Quantised weights are a type of their own.
         all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and all(tensor.is_cpu and tensor.dtype is x.dtype for tensor in tensors)
-        and not has_kernels(x.dtype)
         and (bias is None or bias.dim() == 1)
-        and x.numel() >= _LEAST_ROWS * x.shape[-1] > 0
+        and x.numel() >= least_rows(x.dtype) * x.shape[-1] > 0
     )
 
 

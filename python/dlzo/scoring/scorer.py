@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, dtype_name, layer_parts, sharing_module
-from dlzo.products import fast_products, has_kernels
+from dlzo.products import fast_products, least_rows
 from dlzo.scoring.attention import (
     CHUNKS,
     WINDOWS,
@@ -237,9 +238,9 @@ class Scorer:
         else:
             yield f"the last layer's MLP at all positions: {self.mlp_problem}"
         yield f"{len(self._norms)} RMS norms by dlzo_kernels.rms_norm, others as the model has them"
-        if self.model.device.type == "cpu" and not has_kernels(self.model.dtype):
+        if self.model.device.type == "cpu" and least_rows(self.model.dtype) < math.inf:
             dtype = dtype_name(self.model.dtype)
-            yield f"matrix products in float32: torch has no {dtype} kernels for this processor"
+            yield f"matrix products in float32: torch's {dtype} ones are slower on this processor"
         if self.layer is None:
             return
         if self.states_problem is None:
