@@ -97,5 +97,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs = max(1, _CONVERTED // weight.shape[1])
     weights = weight.split(outputs)
     biases = [None] * len(weights) if bias is None else bias.float().split(outputs)
-    parts = zip(weights, biases, strict=True)
-    return torch.cat([F.linear(wide, w.float(), b).to(x.dtype) for w, b in parts], dim=-1)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    for part, w, b in zip(out.split(outputs, dim=-1), weights, biases, strict=True):
+        part.copy_(F.linear(wide, w.float(), b))
+    return out
