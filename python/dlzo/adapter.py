@@ -90,11 +90,11 @@ def save_adapter(
 def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str, Any]:
     """Puts what was tuned into `model`; returns the adapter's configuration.
 
+    Where other weights of the model are not those of the adapter's run, a warning is logged.
+
     Args:
         model: the adapter's base model.
         path_or_hub_id: folder that holds the adapter, or its OWNER/NAME on the Hugging Face hub.
-
-    Weights of the model that it was not made of may differ: that is logged as a warning.
 
     Raises:
         UserError: the adapter is missing, damaged or made of other weights; the model is left as
