@@ -7,8 +7,8 @@ limits (limits.cu); then each kernel of both columns on a tensor as large as a d
 LLaMA2-7B; then attention against torch's; then three exact passes over that layer against MeZO's
 four over it and over the whole model; then a whole two-point step on random weights of the shapes
 of LLaMA2-7B and Qwen3-8B, on batches of the lengths of four tasks. Times are medians of runs in
-turn, by CUDA events; MeZO's are taken apart, for its weights leave no room for more. Lands in
-results/gpu_<card>.json after each part.
+turn, by CUDA events; MeZO's are taken by themselves, for its weights leave no room for more. Lands
+in results/gpu_<card>.json after each part.
 """
 
 from __future__ import annotations
