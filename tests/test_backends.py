@@ -128,6 +128,14 @@ def test_the_first_column_that_can_run_is_used_unless_one_is_named(monkeypatch):
         _gpu.selected()
 
 
+def test_a_misspelt_column_is_named_where_no_column_can_run(monkeypatch):
+    monkeypatch.setattr(_gpu, "_selected", [])
+    monkeypatch.setattr(_gpu, "why_not", lambda name: "there is no GPU")
+    monkeypatch.setenv("DLZO_GPU", "cudda")
+    with pytest.raises(ValueError, match="unknown GPU column 'cudda'"):
+        _gpu.selected()
+
+
 @pytest.mark.parametrize(
     ("capability", "runs"),
     [

@@ -93,13 +93,15 @@ def select_best() -> None:
     """Selects the column that DLZO_GPU names; else CUDA where it can run, else Triton.
 
     Raises:
-        ValueError: neither can run, or the named one cannot.
+        ValueError: neither can run, or the named one is unknown or cannot.
     """
+    if named := os.environ.get("DLZO_GPU"):
+        return select(named)
     runnable = [name for name in COLUMNS if not why_not(name)]
     if not runnable:
         reasons = "; ".join(f"{name}: {why_not(name)}" for name in COLUMNS)
         raise ValueError(f"no GPU column can run here ({reasons})")
-    select(os.environ.get("DLZO_GPU") or runnable[0])
+    select(runnable[0])
 
 
 def selected() -> str:
