@@ -2,13 +2,13 @@
 
     python benchmarks/gpu.py
 
-Needs a CUDA device with 40 GB, torch, triton and nvcc; made to take less than 8 minutes. First the card's own
-limits (limits.cu); then each kernel of both columns on a tensor as large as a decoder layer of
-LLaMA2-7B; then attention against torch's; then three exact passes over that layer against MeZO's
-four over it and over the whole model; then a whole two-point step on random weights of the shapes
-of LLaMA2-7B and Qwen3-8B, on batches of the lengths of four tasks. Times are medians of runs in
-turn, by CUDA events; MeZO's are taken by themselves, for its weights leave no room for more. Lands
-in results/gpu_<card>.json after each part.
+Needs a CUDA device with 40 GB, torch, triton and nvcc; made to take less than 8 minutes. First the
+card's own limits (limits.cu); then each kernel of both columns on a tensor as large as a decoder
+layer of LLaMA2-7B; then attention against torch's; then three exact passes over that layer against
+MeZO's four over it and over the whole model; then a whole two-point step on random weights of the
+shapes of LLaMA2-7B and Qwen3-8B, on batches of the lengths of four tasks. Times are medians of runs
+in turn, by CUDA events; MeZO's are taken by themselves, for its weights leave no room for more.
+Lands in results/gpu_<card>.json after each part.
 """
 
 from __future__ import annotations
