@@ -28,6 +28,7 @@ from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
 from dlzo.scoring import PrefixCache, Scorer, max_length, norms
 from dlzo.scoring.norms import by_kernel, rms_norms
+from dlzo.scoring.trial import Trial
 from dlzo.sites import find_sites
 from dlzo.tasks import Example, get_task, load_split
 from dlzo_kernels import rms_norm
@@ -202,7 +203,7 @@ def test_what_each_architecture_allows():
 
 
 def test_a_leak_that_could_pass_for_rounding_is_noticed(monkeypatch):
-    monkeypatch.setattr(Scorer, "_problem", lambda *_: None)
+    monkeypatch.setattr(Trial, "_problem", lambda *_: None)
     scorer = Scorer(tiny_model("bloom"), byte_tokenizer())
     assert "see each other" in scorer.trees_problem
 
@@ -216,7 +217,7 @@ def test_a_leak_from_the_token_before_is_noticed(monkeypatch):
         return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1]
 
     monkeypatch.setattr(model.model.embed_tokens, "forward", shifted)
-    monkeypatch.setattr(Scorer, "_problem", lambda *_: None)
+    monkeypatch.setattr(Trial, "_problem", lambda *_: None)
     assert "see each other" in Scorer(model, byte_tokenizer()).trees_problem
 
 
@@ -390,7 +391,7 @@ def test_the_last_mlp_sees_the_scored_positions_only(family, dtype, layer_index)
 
 
 def test_padded_rows_of_several_states_side_by_side(monkeypatch):
-    monkeypatch.setattr(Scorer, "_leak", lambda _: "padded rows are tested")
+    monkeypatch.setattr(Trial, "_leak", lambda _: "padded rows are tested")
     model, tokenizer = tiny_model(), byte_tokenizer()
     layer = decoder_layers(model)[1]
     scorer = Scorer(model, tokenizer, layer, row_tokens=150)

@@ -5,7 +5,8 @@ all states, or taken from a cache. Everything is exact: the losses are those of 
 single texts, to rounding.
 
 `encoding` makes tokens of examples, `layout` lays them out as trees of shared prefixes,
-`attention` keeps the trees apart, `prefix` keeps the tuned layer's inputs, `scorer` runs the model.
+`attention` keeps the trees apart, `prefix` keeps the tuned layer's inputs, `runner` runs the model,
+`trial` finds what the model allows, and `scorer` makes losses of it all.
 """
 
 from dlzo.scoring.encoding import (
@@ -17,8 +18,10 @@ from dlzo.scoring.encoding import (
     max_length,
     truncate,
 )
+from dlzo.scoring.forward import State
+from dlzo.scoring.plan import Plan
 from dlzo.scoring.prefix import PrefixCache
-from dlzo.scoring.scorer import Plan, Scorer, State
+from dlzo.scoring.scorer import Scorer
 
 __all__ = [
     "MAX_LENGTH",

@@ -1,0 +1,154 @@
+"""One forward of a pack: the log-probabilities of its scored tokens under states of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from dlzo.errors import UserError
+from dlzo.products import fast_products
+from dlzo.scoring.attention import attend_within
+from dlzo.scoring.forward import (
+    Beside,
+    ReachedLayerError,
+    State,
+    only_at,
+    passed_by,
+    replaced_forward,
+    stopped_at,
+    under_states,
+)
+from dlzo.scoring.layout import Pack
+from dlzo.scoring.norms import by_kernel
+from dlzo.scoring.plan import Readout
+
+
+class Runner:
+    """Runs packs through a model, with the shortcuts that it is given.
+
+    Attributes:
+        norms: modules that `dlzo_kernels.rms_norm` computes, with their epsilons.
+        last_mlp: computed at the positions that are read, and left out elsewhere; None for none.
+        below: layers passed by where the tuned layer's input is given, and what they give beside
+            the hidden state.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: nn.Module | None) -> None:
+        self.model = model
+        self.layer = layer
+        self.norms: dict[nn.Module, float] = {}
+        self.last_mlp: nn.Module | None = None
+        self.below: dict[nn.Module, Beside | None] = {}
+        self._head = model.get_output_embeddings()
+
+    @property
+    def length_multiple(self) -> int:
+        """What the number of positions should be a multiple of."""
+        # For each number of rows of a 16-bit matrix, torch compiles a kernel on CPUs, and keeps it.
+        return 16 if self.model.dtype.itemsize == 2 else 1
+
+    def log_probs(
+        self,
+        pack: Pack,
+        readout: Readout,
+        states: Sequence[State],
+        normalised: bool,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Log-probabilities of the scored tokens on the CPU: shape (states, scored tokens).
+
+        Args:
+            pack: the input.
+            readout: where its scored tokens lie.
+            states: of the tuned layer; none: the weights as they are.
+            normalised: without it they may lack a constant for each position and state.
+            hidden: what the tuned layer sees, as of `layer_input`; None where it is computed.
+        """
+        # Without the normaliser, the option tokens' rows of the output embeddings are enough.
+        restricted = not normalised and _is_linear(self._head)
+        vocabulary, column = readout.target.unique(return_inverse=True)
+        state_count = max(1, len(states))
+        with ExitStack() as stack:
+            stack.enter_context(self._head_at(pack, readout, state_count, vocabulary, restricted))
+            if self.last_mlp is not None:
+                rows, multiple = len(pack.inputs["input_ids"]), self.length_multiple
+                places = readout.row, readout.column
+                stack.enter_context(only_at(self.last_mlp, rows, *places, multiple))
+            if self.layer is not None and (states or hidden is not None):
+                stack.enter_context(under_states(self.layer, states or [nullcontext], hidden))
+            if hidden is not None:
+                for layer, beside in self.below.items():
+                    stack.enter_context(passed_by(layer, beside))
+            logits = self._forward(pack).logits
+        if logits.shape[:-1] != (1, state_count * len(readout.row)):
+            raise unsupported(self.model, "does not apply its output embeddings once to all tokens")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits[0].unflatten(0, (state_count, -1))
+        found = logits[:, readout.position, column if restricted else readout.target]
+        if not restricted:
+            found = found - logits.logsumexp(-1)[:, readout.position]
+        return found.cpu()
+
+    def layer_input(self, pack: Pack) -> Tensor:
+        """What the tuned layer sees, on the CPU: shape (rows, length, hidden size)."""
+        assert self.layer is not None  # there is no cache without one
+        with stopped_at(self.layer):
+            try:
+                self._forward(pack)
+            except ReachedLayerError as reached:
+                return reached.hidden.cpu()
+        raise unsupported(self.model, "does not run the tuned layer")
+
+    def _forward(self, pack: Pack) -> Any:
+        inputs = {name: tensor.to(self.model.device) for name, tensor in pack.inputs.items()}
+        trees = attend_within(self.model, pack.trees) if pack.trees is not None else nullcontext()
+        with trees, by_kernel(self.norms), fast_products(self.model):
+            return self.model(**inputs, use_cache=False)
+
+    def _head_at(
+        self, pack: Pack, readout: Readout, states: int, vocabulary: Tensor, restricted: bool
+    ) -> AbstractContextManager[None]:
+        """Lets the model apply its head to the read positions only, and sharper.
+
+        The logits have shape (1, states * positions, vocabulary size), those of the token ids in
+        `vocabulary` computed in float32 at least: bfloat16 rounds a logit of 16 to a multiple of
+        1/8, more than a step changes it. `restricted` leaves all others out.
+        """
+        head, own_forward = self._head, self._head.forward
+        shape = (states * len(pack.inputs["input_ids"]), pack.inputs["input_ids"].shape[1])
+
+        def logits_at(hidden: Tensor) -> Tensor:
+            if hidden.shape[:2] != shape:
+                raise unsupported(self.model, "does not keep one hidden state per token and state")
+            hidden = hidden.unflatten(0, (states, -1))[:, readout.row, readout.column]
+            hidden = hidden.flatten(0, 1)[None]
+            if not _is_linear(head):
+                return own_forward(hidden)
+            hidden = hidden.to(head.weight.device)  # of several GPUs another one, perhaps
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            bias = None if head.bias is None else head.bias[vocabulary].to(dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                exact = F.linear(hidden.to(dtype), head.weight[vocabulary].to(dtype), bias)
+            if restricted:
+                return exact
+            logits = own_forward(hidden).to(dtype)
+            logits[..., vocabulary] = exact
+            return logits
+
+        return replaced_forward(head, logits_at)
+
+
+def unsupported(model: PreTrainedModel, what: str) -> UserError:
+    """The error for a model that cannot be scored because of what it does."""
+    return UserError(f"{type(model).__name__} {what}: choose a decoder-only model")
+
+
+def _is_linear(head: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether output embeddings are a product and a bias: some scale what comes of it."""
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward

@@ -1,0 +1,217 @@
+"""What a model allows: each shortcut is tried on a few tokens, and kept where scores stay the same.
+
+Nothing is known of any architecture by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dlzo.errors import UserError
+from dlzo.models import decoder_layers, layer_parts, sharing_module
+from dlzo.scoring.attention import CHUNKS, WINDOWS, UnsupportedAttentionError, hides_tokens
+from dlzo.scoring.encoding import EncodedExample, Option
+from dlzo.scoring.forward import Beside, State
+from dlzo.scoring.layout import Tokens, grow_trees, pack_trees, pad_rows
+from dlzo.scoring.norms import rms_norms
+from dlzo.scoring.plan import Plan, plan_of
+from dlzo.scoring.prefix import PrefixCache
+from dlzo.scoring.runner import unsupported
+
+if TYPE_CHECKING:
+    from dlzo.scoring.scorer import Scorer
+
+# How far two ways to the same mean log-probability may lie apart by rounding, by bytes of a number.
+_CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.3}
+# What the many models raise where they are led off their beaten track.
+_LED_ASTRAY = (
+    *(UnsupportedAttentionError, UserError, RuntimeError, ValueError, TypeError),
+    *(LookupError, AttributeError),
+)
+
+
+class Trial:
+    """Scores two short texts in the plainest way, for better ones to be held against.
+
+    Args:
+        scorer: a new one, that takes no shortcut yet.
+
+    Raises:
+        UserError: the model cannot be scored, or does not run a tuned layer.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.model = scorer, scorer.model
+        self.texts = self._text(range(12)), self._text((*range(8), *range(20, 26)))
+        self.batch = _two_options(*self.texts)
+        self.plain = plan_of(self.batch, pad_rows(self.texts, row_tokens=1))
+        self.name = type(self.model).__name__
+        self.expected = self._first_scores()
+
+    @torch.inference_mode()
+    def set_shortcuts(self, cache: PrefixCache | None) -> None:
+        """Lets the scorer take the shortcuts that keep its scores, and tells it why not others.
+
+        Raises:
+            UserError: the model looks at later tokens.
+        """
+        scorer, runner = self.scorer, self.scorer.runner
+        side_by_side = plan_of(self.batch, pad_rows(self.texts, row_tokens=64))
+        # What is not finite is told by what is scored.
+        if self.expected.isfinite().all() and self._problem(side_by_side) is not None:
+            raise unsupported(self.model, "looks at the tokens after a position or at other rows")
+        runner.norms = rms_norms(self.model)
+        if self._problem(self.plain) is not None:
+            runner.norms = {}
+        scorer.mlp_problem = self._find_last_mlp()
+        scorer.trees_problem = (
+            hides_tokens(self.model, CHUNKS, scorer.max_length)
+            or self._problem(self._best())
+            or self._leak()
+        )
+        if scorer.layer is not None:
+            self._find_what_states_allow(cache)
+
+    def _text(self, tokens: Iterable[int]) -> Tokens:
+        """Tokens that the model has: one of letters may have few."""
+        config = self.model.config.get_text_config(decoder=True)
+        return tuple(token % config.vocab_size for token in tokens)
+
+    def _first_scores(self) -> Tensor:
+        """The scores of the weights as they are, by way of all tuned layers."""
+        layers = self.scorer.layers
+        reached: set[nn.Module] = set()
+        with ExitStack() as stack:
+            for layer in layers:
+                hook = layer.register_forward_hook(lambda layer, *_: reached.add(layer))
+                stack.enter_context(hook)
+            expected = self.scorer.scores(self.plain)
+        for name, module in self.model.named_modules():
+            if module in layers and module not in reached:
+                raise UserError(
+                    f"{self.name} does not run {name} on a text alone: tune another layer"
+                )
+        return expected
+
+    def _best(self) -> Plan:
+        """The plan of the texts by what is known to be allowed so far."""
+        return plan_of(self.batch, self.scorer.lay_out(set(self.texts)))
+
+    def _problem(self, plan: Plan, states: Sequence[State] = ()) -> str | None:
+        """How the plan's scores differ from those expected, None if they do not."""
+        try:
+            found = self.scorer.scores(plan, states)
+        except _LED_ASTRAY as error:
+            return self._refusal(error)
+        distance = (found - self.expected).abs().max().item()
+        if distance <= _CLOSE[self.model.dtype.itemsize]:
+            return None
+        return f"{self.name} would score otherwise, by {distance:.1g}"
+
+    def _refusal(self, error: Exception) -> str:
+        return f"{self.name} does not allow it ({error})"
+
+    def _find_last_mlp(self) -> str | None:
+        """Why the last layer's MLP cannot be left out where nothing is read; None if it can."""
+        try:
+            last = decoder_layers(self.model)[-1]
+            names = layer_parts(last)["mlp"]
+        except UserError as error:
+            return str(error)
+        if len(names) > 1:
+            return f"{type(last).__name__} has it in parts ({', '.join(names)})"
+        self.scorer.runner.last_mlp = mlp = last.get_submodule(names[0])
+        problem = self._problem(self.plain)
+        # In 16 bits what is seen of it elsewhere could pass for rounding.
+        if problem is None and self._sees_elsewhere(mlp):
+            problem = f"{type(last).__name__} mixes tokens after it"
+        if problem is not None:
+            self.scorer.runner.last_mlp = None
+        return problem
+
+    def _sees_elsewhere(self, mlp: nn.Module) -> bool:
+        """Whether the bits depend on the last MLP's output where it is left out."""
+        zeros = self.scorer.scores(self.plain)
+
+        def fill(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return torch.where((output == 0).all(-1, keepdim=True), 1, output)
+
+        with mlp.register_forward_hook(fill):
+            return not torch.equal(zeros, self.scorer.scores(self.plain))
+
+    def _leak(self) -> str | None:
+        """Whether a tree sees another one: then its bits change with the other's."""
+        scores = []
+        for token in (0, 1):
+            # At the first place all that follow see it, at the last it is next to the second text.
+            first = self._text((token, *range(2, 12), token))
+            second = self._text(range(12, 0, -1))
+            packs = pack_trees(grow_trees((first, second), hidden_size=0), row_tokens=64)
+            # Other targets would change which logits are sharp.
+            options = (Option(0, second[-4:]), Option(1, second[-4:]))
+            batch = [EncodedExample((first, second), options, gold=0)]
+            scores.append(self.scorer.scores(plan_of(batch, packs))[0, 0, 1])
+        return None if torch.equal(*scores) else f"{self.name} lets packed texts see each other"
+
+    def _find_what_states_allow(self, cache: PrefixCache | None) -> None:
+        """Whether states run side by side, and over an input that is given."""
+        scorer, tuned = self.scorer, self.scorer.layers
+        if (name := sharing_module(self.model, tuned)) is not None:
+            # A state would change more of the model than the tuned layers.
+            shared = f"{name} shares weights with a tuned layer"
+            scorer.states_problem, scorer.cache_problem = shared, shared
+            return
+        if len(tuned) > 1:
+            scorer.states_problem = f"{len(tuned)} layers are tuned"
+        else:
+            scorer.states_problem = self._problem(self._best(), (nullcontext, nullcontext))
+            if scorer.trees_problem is not None and scorer.states_problem is None:
+                # The model's mask has the rows of one state; short texts have none.
+                names = WINDOWS + CHUNKS
+                scorer.states_problem = hides_tokens(self.model, names, scorer.max_length)
+        if cache is not None or scorer.states_problem is not None:
+            problem = self._find_whether_it_takes_an_input()
+            scorer.takes_input = problem is None
+            scorer.cache = cache if problem is None else None
+            scorer.cache_problem = problem if cache is not None else scorer.cache_problem
+
+    def _find_whether_it_takes_an_input(self) -> str | None:
+        """Why the tuned layer's input cannot be given, as from a cache; None if it can."""
+        layers = list(decoder_layers(self.model))
+        lowest = self.scorer.layer
+        below = layers[: layers.index(lowest)] if lowest in layers else []
+        if not below:
+            return "no decoder layer lies below the tuned one"
+
+        def note(layer: nn.Module, _: Any, output: Any) -> None:
+            self.scorer.runner.below[layer] = _beside(output)
+
+        best = self._best()
+        with ExitStack() as stack:
+            for layer in below:
+                stack.enter_context(layer.register_forward_hook(note))
+            self.scorer.scores(best)
+        self.scorer.cache = PrefixCache(memory_bytes=1 << 30)
+        try:
+            self.scorer.cache_prefixes(self.batch)
+        except _LED_ASTRAY as error:
+            return self._refusal(error)
+        return self._problem(best, (nullcontext,))
+
+
+def _beside(output: Any) -> Beside | None:
+    """What stands beside the hidden state in a decoder layer's output, left empty; None if bare."""
+    if not isinstance(output, tuple | list):
+        return None
+    return type(output)([None] * (len(output) - 1))
+
+
+def _two_options(first: Tokens, second: Tokens) -> list[EncodedExample]:
+    """An example with two options, the ends of two sequences."""
+    options = (Option(0, first[-4:]), Option(1, second[-4:]))
+    return [EncodedExample((first, second), options, gold=0)]
