@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlzo import trainer
+from dlzo import header
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.journal import Reader
@@ -305,11 +305,11 @@ def test_a_run_is_not_resumed_with_an_edited_task(data, tmp_path, edit, says):
 
 
 def test_a_journal_from_before_losses_were_recorded_goes_on(data, tmp_path, monkeypatch):
-    settings = trainer._settings
+    settings = header._settings
     known = ("loss", "metric")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            trainer,
+            header,
             "_settings",
             lambda *a: {k: v for k, v in settings(*a).items() if k not in known},
         )

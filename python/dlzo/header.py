@@ -1,22 +1,25 @@
-"""What a journal's header says of the model that it belongs to, and whether that is there."""
+"""What a journal's header says of the run and the model it belongs to, and if they are there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from dlzo.channels import chosen_channels
+from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.journal import Reader
 from dlzo.lora import Lora
 from dlzo.models import dtype_name
 from dlzo.records import Header, Parameter
 from dlzo.rule import rank_in
-from dlzo.target import Target
+from dlzo.target import Target, weights_fingerprint
+from dlzo.tasks import Task
 from dlzo_kernels import NOISE_VERSION, __version__
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype")
@@ -41,6 +44,39 @@ def base_fields(target: Target) -> dict[str, Any]:
         "base_model": model.name_or_path,
         "library_version": __version__,
     }
+
+
+def header_of(target: Target, config: TrainConfig, task: Task, data_fingerprint: str) -> Header:
+    """The header of a run's journal; the target is untuned."""
+    fingerprint = weights_fingerprint([target.model])
+    return Header(
+        **base_fields(target),
+        data_fingerprint=data_fingerprint,
+        directions=config.directions,
+        lr=float(config.lr),
+        seed=config.seed,
+        settings=_settings(config, task) | {"model_fingerprint": fingerprint},
+    )
+
+
+def check_same_run(reader: Reader, header: Header, task: Task) -> None:
+    """Raises UserError if a journal is of another run than one with this header would be."""
+    # Another release of dlzo may go on with the run: its noise is checked by its version, and a
+    # setting that the first one did not know is the default.
+    settings = _settings(TrainConfig(task.name), task) | reader.header.settings
+    # Journals of earlier releases say nothing of weights beside the tuned ones.
+    settings.setdefault("model_fingerprint", header.settings["model_fingerprint"])
+    found = replace(reader.header, settings=settings)
+    # Nor does the name of the model matter, but its weights.
+    unbound: dict[str, Any] = {
+        "library_version": found.library_version,
+        "base_model": found.base_model,
+    }
+    if differing := differences(found, vars(replace(header, **unbound))):
+        raise UserError(
+            f"journal {str(reader.path)!r} is of another model, task or data than there are now: "
+            f"{differing}; restore them or start the run again"
+        )
 
 
 def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
@@ -91,6 +127,16 @@ def adapter_info(header: Header, step: int) -> dict[str, Any]:
     # Journals of earlier releases say less.
     told = {name: header.settings[name] for name in _TOLD if name in header.settings}
     return told | {"lr": header.lr, "seed": header.seed, "step": step}
+
+
+def _settings(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """The settings that have no field of their own in a header.
+
+    With the fingerprint of its examples, a task's name, loss and metric say all that it does.
+    """
+    own = ("layer", "directions", "lr", "seed")
+    settings = {name: value for name, value in asdict(config).items() if name not in own}
+    return settings | {"task": task.name, "loss": task.loss, "metric": task.metric}
 
 
 def _difference(name: str, found: Any, expected: Any) -> str:

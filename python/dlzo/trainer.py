@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +23,7 @@ from dlzo.channels import chosen_channels, outlier_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
-from dlzo.header import adapter_info, base_fields, differences
+from dlzo.header import adapter_info, check_same_run, header_of
 from dlzo.journal import Reader, Writer, create
 from dlzo.learning_rate import find_lr
 from dlzo.lora import Lora
@@ -39,7 +39,7 @@ from dlzo.metrics import (
 )
 from dlzo.models import absolute_name, decoder_layers, dtype_name, sole_use
 from dlzo.probe import probe
-from dlzo.records import Event, Header, Record, Step, encode_header
+from dlzo.records import Event, Record, Step, encode_header
 from dlzo.rule import rule_of
 from dlzo.run import (
     JOURNAL_FILE,
@@ -52,7 +52,7 @@ from dlzo.run import (
 from dlzo.sampler import batch_indices, batch_of
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.step import shares_examples, take_step
-from dlzo.target import Target, weights_fingerprint
+from dlzo.target import Target
 from dlzo.tasks import (
     Example,
     Split,
@@ -197,7 +197,7 @@ class _Run:
         self.train_set = self.scorer.encode(task.drawn(examples["train"]))
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]
-        self.header = _header(target, config, task, fingerprint(examples))
+        self.header = header_of(target, config, task, fingerprint(examples))
         self.progress = Progress()
         self.best_weights = target.weights()
         self.step_ms = array("d")
@@ -249,23 +249,7 @@ class _Run:
         if not path.exists():
             create(path, self.header)
         reader = Reader(path)
-        # Another release of dlzo may go on with the run: its noise is checked by its version, and
-        # a setting that the first one did not know is the default.
-        settings = _settings(TrainConfig(self.config.task), self.task) | reader.header.settings
-        # Journals of earlier releases say nothing of weights beside the tuned ones.
-        settings.setdefault("model_fingerprint", self.header.settings["model_fingerprint"])
-        found = replace(reader.header, settings=settings)
-        # Nor does the name of the model matter, but its weights.
-        unbound: dict[str, Any] = {
-            "library_version": found.library_version,
-            "base_model": found.base_model,
-        }
-        expected = vars(replace(self.header, **unbound))
-        if differing := differences(found, expected):
-            raise UserError(
-                f"journal {str(path)!r} is of another model, task or data than there are now: "
-                f"{differing}; restore them or start the run again"
-            )
+        check_same_run(reader, self.header, self.task)
         deque(reader, maxlen=0)
         if reader.damage is not None:
             _log.warning("%s; the run goes on from there", reader.damage)
@@ -430,28 +414,6 @@ def _finished(out: Path) -> Metrics | None:
 def _device_name(model: PreTrainedModel) -> str:
     """Where a run's model lies; of ranks, each has a GPU of its own."""
     return str(model.device) if distributed.size() == 1 else model.device.type
-
-
-def _header(target: Target, config: TrainConfig, task: Task, data_fingerprint: str) -> Header:
-    return Header(
-        **base_fields(target),
-        data_fingerprint=data_fingerprint,
-        directions=config.directions,
-        lr=float(config.lr),
-        seed=config.seed,
-        settings=_settings(config, task)
-        | {"model_fingerprint": weights_fingerprint([target.model])},
-    )
-
-
-def _settings(config: TrainConfig, task: Task) -> dict[str, Any]:
-    """The settings that have no field of their own in a header.
-
-    With the fingerprint of its examples, a task's name, loss and metric say all that it does.
-    """
-    own = ("layer", "directions", "lr", "seed")
-    settings = {name: value for name, value in asdict(config).items() if name not in own}
-    return settings | {"task": task.name, "loss": task.loss, "metric": task.metric}
 
 
 def _load_examples(
