@@ -108,32 +108,11 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
             f"adapter {str(path)!r} is for a {config['dtype']} model and this one is {dtype}: "
             f"load the model in {config['dtype']}"
         )
-    lora = Lora(**config["lora"]) if "lora" in config else None
-    try:
-        channels = chosen_channels(config.get("channels", "all"))
-        target = Target(model, tuple(config["layers"]), config["part"], lora, channels)
-    except UserError as error:
-        raise UserError(
-            f"adapter {str(path)!r} does not fit the model ({error}): load its base model, "
-            f"{config['base_model']!r}"
-        ) from error
+    target = _target(path, config, model)
     parameters = _parameters(target)
     with target.undone_by_error():
         _check_tensors(path, tensors, parameters)
-        if target.fingerprint() != config["base_fingerprint"]:
-            raise UserError(
-                f"adapter {str(path)!r} was tuned from other weights than this model's: load its "
-                f"base model, {config['base_model']!r}"
-            )
-        # Earlier releases said nothing of weights beside the tuned ones.
-        whole = config.get("model_fingerprint")
-        if whole is not None and whole != weights_fingerprint([model]):
-            # With adapters of several layers in one model it is meant.
-            _log.warning(
-                "adapter %r was tuned in a model whose other weights are not those of this one: "
-                "for the figures of its run load its base model, %r",
-                *(str(path), config["base_model"]),
-            )
+        _check_base(path, config, target)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -148,6 +127,37 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     with _opened(_find(path)) as (config, _):
         return config
+
+
+def _target(path: Path, config: Mapping[str, Any], model: PreTrainedModel) -> Target:
+    """What an adapter tunes of a model."""
+    lora = Lora(**config["lora"]) if "lora" in config else None
+    try:
+        channels = chosen_channels(config.get("channels", "all"))
+        return Target(model, tuple(config["layers"]), config["part"], lora, channels)
+    except UserError as error:
+        raise UserError(
+            f"adapter {str(path)!r} does not fit the model ({error}): load its base model, "
+            f"{config['base_model']!r}"
+        ) from error
+
+
+def _check_base(path: Path, config: Mapping[str, Any], target: Target) -> None:
+    """Refuses other weights of what is tuned; of others in the model it warns."""
+    if target.fingerprint() != config["base_fingerprint"]:
+        raise UserError(
+            f"adapter {str(path)!r} was tuned from other weights than this model's: load its "
+            f"base model, {config['base_model']!r}"
+        )
+    # Earlier releases said nothing of weights beside the tuned ones.
+    whole = config.get("model_fingerprint")
+    if whole is not None and whole != weights_fingerprint([target.model]):
+        # With adapters of several layers in one model it is meant.
+        _log.warning(
+            "adapter %r was tuned in a model whose other weights are not those of this one: "
+            "for the figures of its run load its base model, %r",
+            *(str(path), config["base_model"]),
+        )
 
 
 def _parameters(target: Target) -> dict[str, nn.Parameter]:
