@@ -8,7 +8,7 @@ rank. A begins as noise v1 of the variance 1 / (3 inputs), PEFT's own, and B as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +69,6 @@ class Adapters:
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[nn.Module], lora: Lora) -> None:
-        # Imported late: not everybody has it, and it is slow.
-        from peft import LoraConfig, inject_adapter_in_model
-
         refuse_adapters(model)
         names = _projections(model, layers)
         self.settings: dict[str, Any] = {
@@ -84,32 +81,29 @@ class Adapters:
             # How GPT-2 keeps its matrices.
             "fan_in_fan_out": isinstance(model.get_submodule(names[0]), Conv1D),
         }
-        required = [(p, p.requires_grad) for p in model.parameters()]
-        # What PEFT draws is replaced.
-        with torch.random.fork_rng(devices=[]):
-            # Not by the model's add_adapter, which may ask for a PEFT that is not out yet.
-            inject_adapter_in_model(LoraConfig(**self.settings), model, NAME)
-        model._hf_peft_config_loaded = True  # save_pretrained then knows of them
-        for parameter, requires_grad in required:
-            parameter.requires_grad_(requires_grad)
+        _put_in(model, self.settings)
         wrapped: list[Any] = [model.get_submodule(name) for name in names]
         self._bases: list[nn.Linear | Conv1D] = [each.base_layer for each in wrapped]
         self.matrices: list[nn.Linear] = [
             m[NAME] for each in wrapped for m in (each.lora_A, each.lora_B)
         ]
-        for stream, matrix in enumerate(self.matrices):
-            device = self._bases[stream // 2].weight.device
-            weight = torch.zeros(matrix.weight.shape, device=device)
-            if stream % 2 == 0:
-                # No step has the number 0.
-                seed, scale = step_seed(lora.seed, 0), math.sqrt(1 / (3 * matrix.in_features))
-                perturb_(weight, seed, scale, stream=stream)
-            matrix.weight = nn.Parameter(weight)
+        self._draw(lora.seed)
 
     @property
     def modules(self) -> list[nn.Module]:
         """The matrices, and what they stand beside."""
         return [*self._bases, *self.matrices]
+
+    def _draw(self, seed: int) -> None:
+        """Makes each A noise, and each B zero."""
+        seed = step_seed(seed, 0)  # no step has this number
+        for stream, matrix in enumerate(self.matrices):
+            device = self._bases[stream // 2].weight.device
+            weight = torch.zeros(matrix.weight.shape, device=device)
+            if stream % 2 == 0:
+                scale = math.sqrt(1 / (3 * matrix.in_features))
+                perturb_(weight, seed, scale, stream=stream)
+            matrix.weight = nn.Parameter(weight)
 
 
 def refuse_adapters(model: PreTrainedModel) -> None:
@@ -129,6 +123,21 @@ def take_out(model: PreTrainedModel, *, merge: bool = False) -> None:
             model.set_submodule(name, module.base_layer)
     del model.peft_config
     model._hf_peft_config_loaded = False
+
+
+def _put_in(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Has PEFT put adapters into a model whose own parameters stay as trainable as they were."""
+    # Imported late: not everybody has it, and it is slow.
+    from peft import LoraConfig, inject_adapter_in_model
+
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    # What PEFT draws is replaced.
+    with torch.random.fork_rng(devices=[]):
+        # Not by the model's add_adapter, which may ask for a PEFT that is not out yet.
+        inject_adapter_in_model(LoraConfig(**settings), model, NAME)
+    model._hf_peft_config_loaded = True  # save_pretrained then knows of them
+    for parameter, requires_grad in required:
+        parameter.requires_grad_(requires_grad)
 
 
 def _projections(model: PreTrainedModel, layers: Iterable[nn.Module]) -> list[str]:
