@@ -53,19 +53,7 @@ def generate(
         UserError: a prompt is empty, the context has no room for a prompt and an answer, or the
             tokenizer puts a token behind each text, or is of another model.
     """
-    check_tokenizer(tokenizer)
-    length = max_length(model) - max_new_tokens
-    if max_new_tokens < 1 or length < 1:
-        raise UserError(
-            f"max_new_tokens is {max_new_tokens}: give 1 to {max_length(model) - 1}, so that a "
-            "prompt fits into the context too"
-        )
-    encoded = [
-        truncate(tokenizer(prompt.strip(" ")).input_ids, length, tokenizer) for prompt in prompts
-    ]
-    if [] in encoded:
-        raise UserError(f"prompt {encoded.index([])} is empty: give at least one token")
-    check_ids(model, tokenizer, chain(*encoded))
+    encoded = _encode(model, tokenizer, prompts, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
     config = GenerationConfig(
         do_sample=False,
@@ -110,6 +98,29 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
 def _words(text: str) -> list[str]:
     """SQuAD's normalisation: lower case, no punctuation, no articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The prompts as tokens, with room for an answer behind them."""
+    check_tokenizer(tokenizer)
+    length = max_length(model) - max_new_tokens
+    if max_new_tokens < 1 or length < 1:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}: give 1 to {max_length(model) - 1}, so that a "
+            "prompt fits into the context too"
+        )
+    encoded = [
+        truncate(tokenizer(prompt.strip(" ")).input_ids, length, tokenizer) for prompt in prompts
+    ]
+    if [] in encoded:
+        raise UserError(f"prompt {encoded.index([])} is empty: give at least one token")
+    check_ids(model, tokenizer, chain(*encoded))
+    return encoded
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
