@@ -162,10 +162,8 @@ def sensitivity(
                 differences = [_differences(scorer, batch, zs, eps) for batch in drawn]
                 with zo_step(layer, zs[0], eps, 0.0).plus():
                     after = _hidden_states(model, drawn[0])
-            growth = [
-                _relative_change(*pair) for pair in zip(before[index:], after[index:], strict=True)
-            ]
             signal = fmean(stdev(batch) for batch in differences) / (2 * eps)
+            growth = list(map(_relative_change, before[index:], after[index:]))
             found.append(LayerSensitivity(index, signal, _sign_stability(differences), growth))
             on_layer(found[-1])
     return SensitivityReport(
