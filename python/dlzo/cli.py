@@ -8,22 +8,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import torch
 import typer
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.adapter import WEIGHTS_FILE, load_adapter
@@ -38,7 +30,7 @@ from dlzo.evaluation import evaluate
 from dlzo.export import Form, export
 from dlzo.files import replace_text
 from dlzo.harness import lm_eval, lm_eval_report
-from dlzo.metrics import HistoryEntry, Metrics
+from dlzo.metrics import Metrics
 from dlzo.models import decoder_layers, load_model, parse_dtype
 from dlzo.plots import check_suffix, plot_history, plot_probe, plot_sensitivity
 from dlzo.probe import probe
@@ -48,7 +40,7 @@ from dlzo.sensitivity import sensitivity
 from dlzo.target import describe
 from dlzo.tasks import Split, check_folder, get_task
 from dlzo.tasks.hub import public_data
-from dlzo.terminal import complain, console, say
+from dlzo.terminal import complain, console, say, summary, training_bar
 from dlzo.trainer import finished, resume, train
 from dlzo_kernels import __version__
 
@@ -259,12 +251,9 @@ def train_command(
         _refuse_without_effect(context, config)
         folder = _data_folder(task, data)
         from_first_rank(lambda: check_free(out, overwrite))  # before a model is fetched
-        loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device or "cpu")
-        with _resumable(out), _progress(steps) as on_progress:
-            metrics = train(
-                loaded, tokenizer, config, folder, out, overwrite=overwrite, on_progress=on_progress
-            )
-    console.print(_summary(metrics))
+        loaded = load_model(model, dtype=parse_dtype(dtype), device=device or "cpu")
+        metrics = _train(*loaded, config, folder, out, overwrite)
+    console.print(summary(metrics))
     say(f"written to {out or resume_from}")
     if plot is not None:
         plot_history(metrics, plot)
@@ -361,14 +350,12 @@ def demo_command(
     config = TrainConfig("sst2", layer=report.decision.layer, steps=steps)
     examples = shown_examples()
     before = probabilities(model, tokenizer, examples)
-    with _resumable(out), demo_data() as data, _progress(steps) as on_progress:
-        metrics = train(
-            model, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
-        )
+    with demo_data() as data:
+        metrics = _train(model, tokenizer, config, data, out, overwrite)
     console.rule("4. Before and after, on sentences that it was not tuned on")
     after = probabilities(model, tokenizer, examples)
     console.print(before_and_after(examples, before, after))
-    console.print(_summary(metrics))
+    console.print(summary(metrics))
     say(_NEXT.format(out=out))
 
 
@@ -472,6 +459,20 @@ def _refuse_beside_resume(context: typer.Context) -> None:
             )
 
 
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    data: Path,
+    out: Path,
+    overwrite: bool,
+) -> Metrics:
+    with _resumable(out), training_bar(config.steps) as on_progress:
+        return train(
+            model, tokenizer, config, data, out, overwrite=overwrite, on_progress=on_progress
+        )
+
+
 def _resume(out: Path, device: str | None) -> Metrics:
     if (metrics := from_first_rank(lambda: finished(out))) is not None:
         say(f"the run in {out} is finished")
@@ -481,7 +482,7 @@ def _resume(out: Path, device: str | None) -> Metrics:
     # Earlier releases had the CPU only, and did not say so.
     device = device or str(settings.get("device", "cpu"))
     loaded, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
-    with _resumable(out, begun=True), _progress(config.steps) as on_progress:
+    with _resumable(out, begun=True), training_bar(config.steps) as on_progress:
         return resume(loaded, tokenizer, out, on_progress=on_progress)
 
 
@@ -538,57 +539,3 @@ def _write_json(path: Path, value: object) -> None:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): give the path of another file"
         ) from error
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
-    """A bar that shows the last training loss and the last validation."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    shown = {"training": "", "validation": ""}
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("scoring the untuned model", total=steps)
-
-        def on_progress(entry: HistoryEntry) -> None:
-            if (loss := entry.get("train_loss")) is not None:
-                shown["training"] = f"loss {loss:.3f}  "
-            if "validation_accuracy" in entry:
-                shown["validation"] = f"validation accuracy {entry['validation_accuracy']:.3f}"
-            elif entry.get("validation_loss") is not None:
-                shown["validation"] = f"validation loss {entry['validation_loss']:.3f}"
-            bar.update(task, completed=entry["step"], description="".join(shown.values()))
-
-        yield on_progress
-
-
-def _summary(metrics: Metrics) -> Table:
-    """The four evaluations of a run, and what it cost."""
-    tuned = describe(metrics)
-    title = f"{metrics['task']}, {tuned}, lr {metrics['lr']:g}, {metrics['dtype']}"
-    table = Table(title=escape(title))
-    measured = [name for name in ("accuracy", "f1", "exact_match") if name in metrics["test"]]
-    for heading in ("", "split", *measured, "loss"):
-        table.add_column(heading, justify="left" if heading in ("", "split") else "right")
-    rows = [
-        ("untuned", "test", metrics["zero_shot"]),
-        (f"best, step {metrics['best']['step']}", "validation", metrics["best"]),
-        (f"last, step {metrics['final']['step']}", "validation", metrics["final"]),
-        ("best", "test", metrics["test"]),
-    ]
-    for name, split, found in rows:
-        loss = "not finite" if found["loss"] is None else f"{found['loss']:.4f}"
-        # Validation generates no answers.
-        figures = [f"{found[key]:.3f}" if key in found else "" for key in measured]
-        table.add_row(name, split, *figures, loss)
-    step_ms = metrics["step_ms_median"]
-    table.caption = (
-        f"{metrics['seconds']:.0f} s, "
-        + ("" if step_ms is None else f"{step_ms:.0f} ms a step, ")
-        + f"peak memory {metrics['peak_rss_mb']:.0f} MB"
-    )
-    return table
