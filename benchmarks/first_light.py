@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dlzo.config import TrainConfig
-from dlzo.files import replace_file
+from dlzo.files import replace_text
 from dlzo.models import load_model
 from dlzo.plots import tidy
 from dlzo.probe import probe
@@ -37,7 +37,7 @@ def measured(name: str, run: Any) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     if not path.exists():
         text = json.dumps(run(), indent=1) + "\n"
-        replace_file(path, lambda partial: partial.write_text(text))
+        replace_text(path, text)
     return json.loads(path.read_text())
 
 

@@ -20,13 +20,15 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
 import transformers
-from mezo import Batch, batch_loss, mezo_step
+from mezo import Batch, batch_loss, inference, mezo_step
+from speed import our_step
+from timing import Run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
@@ -44,8 +46,6 @@ BATCH_SIZE = 16
 # Shape of a task's batch: options of an example, tokens of a prompt, tokens of an option.
 TASKS = {"SST-2": (2, 28, 1), "COPA": (2, 16, 6), "RTE": (2, 80, 1), "SQuAD": (1, 190, 5)}
 EPS, LR = 1e-3, 1e-6
-
-Run = Callable[[], object]
 
 
 def milliseconds(runs: dict[str, Run], rounds: int = ROUNDS) -> dict[str, float]:
@@ -231,7 +231,7 @@ def steps(model: PreTrainedModel, layer: nn.Module) -> Iterator[dict[str, object
     for task in TASKS:
         padded, encoded = batches(task, model.config.vocab_size)
         runs = {
-            "two inferences": lambda: [forward(model, padded) for _ in range(2)],  # noqa: B023
+            "two inferences": lambda: [inference(model, padded) for _ in range(2)],  # noqa: B023
             "ours, prefix computed": ours(model, layer, encoded, padded, None),
             "ours, prefix cached": ours(model, layer, encoded, padded, PrefixCache(1 << 33)),
         }
@@ -242,11 +242,6 @@ def steps(model: PreTrainedModel, layer: nn.Module) -> Iterator[dict[str, object
             found[f"MeZO / {variant}"] = found["MeZO"] / found[variant]
             found[f"{variant} / two inferences"] = found[variant] / found["two inferences"]
         yield {"task": task, "padded positions": padded.input_ids.numel(), **found}
-
-
-@torch.inference_mode()
-def forward(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
 
 def mezo(model: PreTrainedModel, batch: Batch) -> None:
@@ -262,12 +257,7 @@ def ours(
 ) -> Run:
     scorer = Scorer(model, None, layer, loss=padded.training_loss, cache=cache)
     scorer.cache_prefixes(encoded)
-
-    def run() -> None:
-        step = dk.zo_step(layer, 1, EPS, LR)
-        step.update(*scorer.losses(scorer.plan(encoded), [step.plus, step.minus]))
-
-    return run
+    return lambda: our_step(scorer, encoded, seed=1, eps=EPS, lr=LR)
 
 
 def keep(results: dict[str, object], card: str) -> None:

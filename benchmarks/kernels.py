@@ -16,8 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
@@ -25,6 +24,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from timing import Run, Times, interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,29 +33,12 @@ from dlzo_kernels import _C
 
 LAYER = 3_540_096  # parameters of a decoder layer of SmolLM2-135M
 LARGE = 1 << 26  # values that no cache holds
-ROUNDS = 15
 POOL_REPEATS = 30
 # 512-bit instructions per normal, moves apart, counted in the disassembly of GCC 12: the loop of
 # Philox has 234 for 128 normals, that of Box-Muller 130 for 64. A core of AMD's Zen 4 begins two of
 # them per cycle, as four pipes of 256 bits.
 INSTRUCTIONS_PER_NORMAL = 234 / 128 + 130 / 64
 INSTRUCTIONS_PER_CYCLE = 2
-
-Run = Callable[[], object]
-Times = dict[str, list[float]]
-
-
-def interleaved(runs: dict[str, Run], rounds: int = ROUNDS) -> Times:
-    """Seconds of `rounds` runs of each, taken in turn after one to warm up."""
-    for run in runs.values():
-        run()
-    times: Times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    return times
 
 
 @contextmanager

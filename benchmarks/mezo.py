@@ -77,13 +77,19 @@ def encode_batch(
 
 
 @torch.inference_mode()
-def batch_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The training loss: a scalar in the dtype of the logits, on the model's device.
+def inference(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """All logits of the batch, shape (rows, length, vocabulary size).
 
     The model is told no position ids, so that it counts the positions its own way: Llama's are
     relative, OPT's leave the padding out, and GPT-2's include it, as if the text began later.
     """
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
+@torch.inference_mode()
+def batch_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The training loss: a scalar in the dtype of the logits, on the model's device."""
+    logits = inference(model, batch)[:, :-1]
     targets = batch.input_ids[:, 1:]
     from_end = torch.arange(targets.shape[1], 0, -1, device=targets.device)
     scored = from_end <= batch.option_lengths[:, None]

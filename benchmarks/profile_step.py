@@ -20,8 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from speed import BATCH_SIZE, DTYPES, RESULTS, TASKS, Contestants, Step, milliseconds
+from speed import BATCH_SIZE, DTYPES, RESULTS, TASKS, Contestants
 from tables import read_rows, write_rows
+from timing import Run, seconds
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import dlzo_kernels.masters
@@ -65,7 +66,7 @@ def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return recorded
 
 
-def profiled(step: Step) -> tuple[dict[str, float], float]:
+def profiled(step: Run) -> tuple[dict[str, float], float]:
     """Milliseconds by kind, and the matrix products' operations."""
     step()
     with ExitStack() as stack:
@@ -74,7 +75,7 @@ def profiled(step: Step) -> tuple[dict[str, float], float]:
             stack.enter_context(patch.object(module, function, recorded))
         cpu = [ProfilerActivity.CPU]
         run = stack.enter_context(profile(activities=cpu, record_shapes=True, with_flops=True))
-        whole = milliseconds(step)
+        whole = 1e3 * seconds(step)
     by_kind: dict[str, float] = {}
     operations = 0.0
     for event in run.key_averages():
@@ -88,8 +89,8 @@ def profiled(step: Step) -> tuple[dict[str, float], float]:
 def large_product(dtype: torch.dtype) -> float:
     """Operations a second, in units of 1e9."""
     a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
-    times = [milliseconds(lambda: a @ b) for _ in range(9)]
-    return 2 * SIDE**3 / median(times[2:]) / 1e6
+    times = [seconds(lambda: a @ b) for _ in range(9)]
+    return 2 * SIDE**3 / median(times[2:]) / 1e9
 
 
 def measure(data: Path, tasks: list[str], dtype: str) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from dlzo import files  # noqa: E402
 from dlzo.config import TrainConfig  # noqa: E402
 from dlzo.errors import UserError  # noqa: E402
-from dlzo.files import replace_file  # noqa: E402
+from dlzo.files import replace_text  # noqa: E402
 from dlzo.journal import Reader, compact  # noqa: E402
 from dlzo.metrics import HistoryEntry  # noqa: E402
 from dlzo.models import decoder_layers  # noqa: E402
@@ -250,7 +250,7 @@ def main() -> None:
         print(name, json.dumps(found), flush=True)
         results = json.loads(options.out.read_text()) if options.out.exists() else {}
         text = json.dumps({**results, name: found}, indent=1) + "\n"
-        replace_file(options.out, lambda partial, text=text: partial.write_text(text))
+        replace_text(options.out, text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tables import find
 
-from dlzo.files import replace_file
+from dlzo.files import replace_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDS = 2000
@@ -125,7 +125,7 @@ def main() -> None:
     found = {"all_reduce": wire, "step_ms": step_ms, "simulated": simulated}
     print(json.dumps(found, indent=1))
     text = json.dumps(found, indent=1) + "\n"
-    replace_file(RESULTS / "scale.json", lambda partial: partial.write_text(text))
+    replace_text(RESULTS / "scale.json", text)
 
 
 if __name__ == "__main__":

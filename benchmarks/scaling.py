@@ -15,19 +15,19 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
 from matplotlib.figure import Figure
+from speed import our_step
 from tables import read_rows, write_rows
+from timing import Run, interleaved
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model
 from dlzo.scoring import EncodedExample, Option, PrefixCache, Scorer
-from dlzo_kernels import zo_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
@@ -45,8 +45,6 @@ SIZES = {
 }
 FIELDS = ("figure", "x", "two_inferences", "ours_cold", "ours_cached", "unit")
 
-Step = Callable[[], object]
-
 
 def batch(length: int, vocabulary: int) -> list[EncodedExample]:
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +52,7 @@ def batch(length: int, vocabulary: int) -> list[EncodedExample]:
     return [EncodedExample((tuple(row),), (Option(0, (1,)), Option(0, (2,))), 0) for row in tokens]
 
 
-def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample]) -> dict[str, Step]:
+def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample]) -> dict[str, Run]:
     rows = torch.tensor([example.sequences[0] for example in examples])
     tuned = decoder_layers(model)[layer]
 
@@ -63,15 +61,10 @@ def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample])
         for _ in range(2):
             model(rows)
 
-    def ours(cache: PrefixCache | None) -> Step:
+    def ours(cache: PrefixCache | None) -> Run:
         scorer = Scorer(model, None, tuned, cache=cache)
         scorer.cache_prefixes(examples)
-
-        def run() -> None:
-            step = zo_step(tuned, 0, 1e-3, 0.0)
-            step.update(*scorer.losses(scorer.plan(examples), [step.plus, step.minus]))
-
-        return run
+        return lambda: our_step(scorer, examples, seed=0, eps=1e-3, lr=0.0)
 
     return {
         "two_inferences": two_inferences,
@@ -80,16 +73,9 @@ def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample])
     }
 
 
-def milliseconds(steps: dict[str, Step]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: round(median(values), 1) for name, values in times.items()}
+def milliseconds(steps: dict[str, Run]) -> dict[str, float]:
+    times = interleaved(steps, ROUNDS)
+    return {name: round(1e3 * median(values), 1) for name, values in times.items()}
 
 
 def random_llama(size: str) -> PreTrainedModel:

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
-from mezo import Batch, batch_loss, encode_batch, mezo_step
+from mezo import Batch, batch_loss, encode_batch, inference, mezo_step
 from tables import append, markdown, read_rows, write_rows
-from torch import Tensor
+from timing import Run, seconds
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model, parse_dtype
@@ -49,8 +47,6 @@ VARIANTS = (
 FIELDS = ("dtype", "task", "round", "variant", "ms", "positions")
 PAPER = 4.52  # the paper's best figure (COPA, LLaMA2-7B; arXiv 2606.05516)
 
-Step = Callable[[], object]
-
 
 class Contestants:
     """The variants of a step, each on the batch that it is given.
@@ -65,7 +61,7 @@ class Contestants:
 
     def steps(
         self, task: str, examples: list[Example], seed: int
-    ) -> Iterator[tuple[str, int, Step]]:
+    ) -> Iterator[tuple[str, int, Run]]:
         """(variant, positions, step) in turn; what a step needs is made before it is handed out.
 
         Positions are those of tokens that a layer above the tuned one computes for one state.
@@ -74,7 +70,7 @@ class Contestants:
         plain = self.plain
         batch = encode_batch(plain, self.tokenizer, examples, training_loss)
         padded = batch.input_ids.numel()
-        yield "two_inferences", padded, lambda: (forward(plain, batch), forward(plain, batch))
+        yield "two_inferences", padded, lambda: [inference(plain, batch) for _ in range(2)]
         yield (
             "mezo",
             padded,
@@ -102,12 +98,6 @@ def our_step(scorer: Scorer, encoded: list, seed: int, eps: float, lr: float) ->
     """The step of `dlzo train`."""
     step = zo_step(scorer.layer, seed, eps, lr)
     step.update(*scorer.losses(scorer.plan(encoded), [step.plus, step.minus]))
-
-
-@torch.inference_mode()
-def forward(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """A plain inference: all logits of the padded batch."""
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
 
 def mezo_step_with_kernels(model: PreTrainedModel, batch: Batch, seed: int) -> None:
@@ -144,21 +134,15 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
                 if variant not in warm:
                     step()
                     warm.add(variant)
-                ms = steady_milliseconds(step)
-                values = dtype, task, number, variant, f"{ms:.1f}", positions
+                ms = f"{1e3 * steady_seconds(step):.1f}"
+                values = dtype, task, number, variant, ms, positions
                 append(TIMES, FIELDS, [dict(zip(FIELDS, values, strict=True))])
 
 
-def steady_milliseconds(step: Step) -> float:
+def steady_seconds(step: Run) -> float:
     """Of one run, or the median of three short ones, which a disturbance would show in."""
-    first = milliseconds(step)
-    return first if first > 1e4 else median([first, milliseconds(step), milliseconds(step)])
-
-
-def milliseconds(step: Step) -> float:
-    started = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - started)
+    first = seconds(step)
+    return first if first > 10 else median([first, seconds(step), seconds(step)])
 
 
 def tabulate() -> list[dict[str, Any]]:
