@@ -8,7 +8,7 @@ their moments combine in a fixed tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -221,3 +221,19 @@ def _combined(parts: list[Moments]) -> Moments:
 
 def _results(m: Moments) -> Stats:
     return Stats(absmax_of(m.key), m.argmax, m.mean, m.m2 / m.count, m.count * m.m4 / (m.m2 * m.m2))
+
+
+def samples() -> Iterator[tuple[str, F32]]:
+    """Inputs of every kind, by name: shape (tokens, channels)."""
+    random = np.random.default_rng(0)
+    plain = random.standard_normal((70, 300)).astype(np.float32)
+    yield "odd sizes", plain[:5, :33].copy()
+    yield "several runs and segments", random.standard_normal((600, 70)).astype(np.float32)
+    yield "a mean far away", plain * np.float32(0.5) + np.float32(1000)
+    yield "an outlier first", np.concatenate([np.float32([[60000] * 300]), plain])
+    yield "tiny", plain * np.float32(1e-7)
+    yield "constant", np.full((40, 60), np.float32(3.25))
+    yield "one value", np.float32([[-7.5]])
+    broken = plain.copy()
+    broken[3, 5], broken[60, 7], broken[61, 8] = np.nan, np.inf, np.nan
+    yield "not finite", broken

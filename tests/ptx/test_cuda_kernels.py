@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import _C
 from dlzo_kernels.ops._common import DTYPE_CODES
 from dlzo_kernels.ops._parts import Directions, Operand, Part
-from gpu_stats import stats
+from gpu_stats import samples, stats
 from ptx.compile import missing
 from ptx.device import Device, operand_of
 from ptx.mutate import run_mutants
@@ -229,23 +229,7 @@ def test_no_direction_keeps_every_bit():
     assert_same_bits(out, master)
 
 
-def samples() -> Iterator[tuple[str, np.ndarray]]:
-    random = np.random.default_rng(0)
-    plain = random.standard_normal((70, 300)).astype(np.float32)
-    yield "odd sizes", plain[:5, :33].copy()
-    yield "several runs and segments", random.standard_normal((600, 70)).astype(np.float32)
-    yield "a mean far away", plain * np.float32(0.5) + np.float32(1000)
-    yield "an outlier first", np.concatenate([np.float32([[60000] * 300]), plain])
-    yield "tiny", plain * np.float32(1e-7)
-    yield "constant", np.full((40, 60), np.float32(3.25))
-    yield "one value", np.float32([[-7.5]])
-    broken = plain.copy()
-    broken[3, 5], broken[60, 7], broken[61, 8] = np.nan, np.inf, np.nan
-    yield "not finite", broken
-    yield "more pieces than lanes", random.standard_normal((1, 300 * 256)).astype(np.float32)
-
-
-SAMPLES = dict(samples())
+SAMPLES = dict(samples()) | {"more pieces than lanes": weights(1, 300 * 256).numpy()}
 
 
 @pytest.mark.parametrize("per", ["tensor", "channel", "token"])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bits import VIEWS, assert_same_bits, reference_perturb, to_float32, weights
 from dlzo_kernels.ops._parts import Directions, Operand
-from gpu_stats import Stats, stats
+from gpu_stats import Stats, samples, stats
 from telling import SCALE, cancelled
 from trees import chain, inputs
 
@@ -417,23 +417,7 @@ def test_special_values_round_like_the_reference(dtype):
 # Statistics, in the order of tests/gpu_stats.py.
 
 
-def samples() -> Iterator[tuple[str, np.ndarray]]:
-    random = np.random.default_rng(0)
-    plain = random.standard_normal((70, 300)).astype(np.float32)
-    yield "odd sizes", plain[:5, :33].copy()
-    yield "several runs and segments", random.standard_normal((600, 70)).astype(np.float32)
-    yield "aligned", random.standard_normal((3, 16_384 + 520)).astype(np.float32)
-    yield "a mean far away", plain * np.float32(0.5) + np.float32(1000)
-    yield "an outlier first", np.concatenate([np.float32([[60000] * 300]), plain])
-    yield "tiny", plain * np.float32(1e-7)
-    yield "constant", np.full((40, 60), np.float32(3.25))
-    yield "one value", np.float32([[-7.5]])
-    broken = plain.copy()
-    broken[3, 5], broken[60, 7], broken[61, 8] = np.nan, np.inf, np.nan
-    yield "not finite", broken
-
-
-SAMPLES = dict(samples())
+SAMPLES = dict(samples()) | {"aligned": weights(3, 16_384 + 520).numpy()}
 
 
 def run_stats(x: Tensor, per: str, architecture: int = 90) -> Stats:
