@@ -9,6 +9,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ def set_threads() -> Iterator[object]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The folder of a tiny task's data."""
+    from runs import write_data
+
+    return write_data(tmp_path / "data")
 
 
 @pytest.fixture(scope="session")

@@ -13,18 +13,10 @@ from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.target import Target, weights_fingerprint
 from dlzo.trainer import train
-from runs import CONFIG, TOKENIZER, write_data
+from runs import CONFIG, TOKENIZER, same, state, write_data
 from tiny import tiny_model
 
 LAYER = 2
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)

@@ -20,7 +20,7 @@ from dlzo.models import decoder_layers
 from dlzo.replay import replay
 from dlzo.target import Target
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, assert_rebuilt, result, same, state, stopping_at, write_data
+from runs import CONFIG, TOKENIZER, assert_rebuilt, result, same, state, stopping_at
 from test_adapter import rewrite_config
 from test_replay import with_header
 from tiny import tiny_model
@@ -42,11 +42,6 @@ WRITERS = {
 }
 FAMILIES = pytest.mark.parametrize("family", WRITERS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return write_data(tmp_path / "data")
 
 
 @pytest.mark.parametrize("layers", [(2,), (0, 3)], ids=str)
@@ -189,7 +184,7 @@ def test_what_the_model_does_not_have_is_refused(layers, channels, says):
         Target(tiny_model(), layers, channels=channels)
 
 
-def test_a_layer_without_one_writing_matrix_is_refused(monkeypatch):
+def test_a_layer_without_one_writing_matrix_is_refused():
     model = tiny_model()
     block = model.model.layers[1].mlp
     # As where several experts share the work.

@@ -374,7 +374,7 @@ def test_each_interrupted_run_that_replaces_another_says_how_it_goes_on(
         assert ("best weights so far" in text) == weights
 
 
-def test_a_run_of_another_device_goes_on_here(run, model, data, tmp_path, finished):
+def test_a_run_of_another_device_goes_on_here(run, tmp_path, finished):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     (out / "metrics.json").unlink()

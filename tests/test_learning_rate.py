@@ -17,7 +17,7 @@ from dlzo.records import Step
 from dlzo.scoring import Scorer
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import _target, resume, train
-from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
+from runs import CONFIG, TOKENIZER, result, same, state, stopping_at
 from tiny import tiny_model
 
 METHODS = {
@@ -39,11 +39,6 @@ STEPS = 8
 @pytest.fixture(autouse=True)
 def short_trials(monkeypatch):
     monkeypatch.setattr(learning_rate, "STEPS", STEPS)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return write_data(tmp_path / "data")
 
 
 def search(model, data, config):

@@ -36,7 +36,6 @@ from runs import (
     same,
     state,
     stopping_at,
-    write_data,
 )
 from test_adapter import rewrite_config
 from test_replay import with_header
@@ -54,11 +53,6 @@ PROJECTIONS = {
 }
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return write_data(tmp_path / "data")
 
 
 def logits(model):

@@ -16,7 +16,7 @@ from dlzo.replay import replay
 from dlzo.rule import Rule
 from dlzo.sampler import step_seed
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
+from runs import CONFIG, TOKENIZER, result, same, state, stopping_at
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
@@ -28,11 +28,6 @@ OPTIONS = {
     "weight decay": {"weight_decay": 0.5},
     "both decay": {"weight_decay": 0.5, "lr_decay": "linear", "directions": 2},
 }
-
-
-@pytest.fixture
-def data(tmp_path):
-    return write_data(tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", OPTIONS)

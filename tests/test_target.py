@@ -20,7 +20,7 @@ from dlzo.replay import replay
 from dlzo.target import Target, describe
 from dlzo.trainer import resume, train
 from fuzz import parts_of, sealed
-from runs import CONFIG, TOKENIZER, result, same, state, stopping_at, write_data
+from runs import CONFIG, TOKENIZER, result, same, state, stopping_at
 from tiny import CONFIGS, HYBRIDS, random_model, tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
@@ -46,11 +46,6 @@ TARGETS = {
         ("model.embed_tokens.", "model.norm.", "lm_head.", *(f"{LAYERS}{i}." for i in range(4))),
     ),
 }
-
-
-@pytest.fixture
-def data(tmp_path):
-    return write_data(tmp_path / "data")
 
 
 def changed(model, base):

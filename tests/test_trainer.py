@@ -23,11 +23,6 @@ from tiny import tiny_model
 SHORT = replace(CONFIG, steps=4, eval_every=2)
 
 
-@pytest.fixture
-def data(tmp_path):
-    return write_data(tmp_path / "data")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_lowers_the_loss(data, tmp_path, dtype):
     model, out = tiny_model(dtype=dtype), tmp_path / "out"
@@ -210,7 +205,7 @@ def test_a_value_of_another_type_is_refused_at_once(name, value, says):
         replace(SHORT, **{name: value})
 
 
-def test_paths_are_texts(data, tmp_path):
+def test_paths_are_texts(tmp_path):
     config = replace(SHORT, prefix_cache_dir=tmp_path / "prefixes", task=Path("mine.yaml"))
     assert config.prefix_cache_dir == str(tmp_path / "prefixes")
     assert config.task == "mine.yaml"
