@@ -221,6 +221,28 @@ def test_a_leak_from_the_token_before_is_noticed(monkeypatch):
     assert "see each other" in Scorer(model, byte_tokenizer()).trees_problem
 
 
+@pytest.mark.parametrize("leaks", [False, True])
+def test_roundings_that_change_with_the_company_are_no_leak(leaks, monkeypatch):
+    """As of experts, whose products have as many rows as there are tokens for them in a forward."""
+    model = tiny_model()
+    mlp, embed = model.model.layers[1].mlp, model.model.embed_tokens
+    mlp_forward, embed_forward = mlp.forward, embed.forward
+
+    def rounded_otherwise(hidden):
+        return mlp_forward(hidden) * (1 + 1e-5 * torch.sin(1000 * hidden.sum()))
+
+    def shifted(ids):
+        hidden = embed_forward(ids)
+        return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1] / 64
+
+    monkeypatch.setattr(mlp, "forward", rounded_otherwise)
+    if leaks:
+        monkeypatch.setattr(embed, "forward", shifted)
+        monkeypatch.setattr(Trial, "_problem", lambda *_: None)
+    problem = Scorer(model, byte_tokenizer()).trees_problem
+    assert ("see each other" in problem) if leaks else problem is None
+
+
 def test_weights_shared_with_another_layer_move_there_too():
     model, tokenizer = tiny_model(), byte_tokenizer()
     layer = model.model.layers[1]

@@ -5,7 +5,7 @@ Nothing is known of any architecture by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from dlzo.models import decoder_layers, layer_parts, sharing_module
 from dlzo.scoring.attention import CHUNKS, WINDOWS, UnsupportedAttentionError, hides_tokens
 from dlzo.scoring.encoding import EncodedExample, Option
 from dlzo.scoring.forward import Beside, State
-from dlzo.scoring.layout import Tokens, grow_trees, pack_trees, pad_rows
+from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
 from dlzo.scoring.norms import rms_norms
 from dlzo.scoring.plan import Plan, plan_of
 from dlzo.scoring.prefix import PrefixCache
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # How far two ways to the same mean log-probability may lie apart by rounding, by bytes of a number.
 _CLOSE = {8: 1e-6, 4: 1e-3, 2: 0.3}
+# How many times the change by another text's rounding is more than rounding.
+_MORE_THAN_ROUNDING = 10
 # What the many models raise where they are led off their beaten track.
 _LED_ASTRAY = (
     *(UnsupportedAttentionError, UserError, RuntimeError, ValueError, TypeError),
@@ -146,17 +148,32 @@ class Trial:
 
     def _leak(self) -> str | None:
         """Whether a tree sees another one: then its bits change with the other's."""
+        # At the first place all that follow see it, at the last it is next to the second text.
+        others = [self._text((token, *range(2, 12), token)) for token in (0, 1)]
+        change = self._change_beside(others, _in_trees)
+        if change == 0:
+            return None
+        # Experts take the tokens of all texts at once, and round otherwise with how many these are:
+        # then bits change with a text in a row of its own too, which nobody sees.
+        others = [self._text(range(start, start + 12)) for start in range(0, 48, 6)]
+        by_rounding = self._change_beside(others, _in_rows)
+        if change <= _MORE_THAN_ROUNDING * by_rounding:
+            return None
+        return f"{self.name} lets packed texts see each other"
+
+    def _change_beside(
+        self, others: Iterable[Tokens], lay_out: Callable[[Sequence[Tokens]], Iterable[Pack]]
+    ) -> float:
+        """How far a text's score moves with which other one is in its forward."""
+        text = self._text(range(12, 0, -1))
+        # Other targets would change which logits are sharp.
+        options = (Option(0, text[-4:]), Option(1, text[-4:]))
         scores = []
-        for token in (0, 1):
-            # At the first place all that follow see it, at the last it is next to the second text.
-            first = self._text((token, *range(2, 12), token))
-            second = self._text(range(12, 0, -1))
-            packs = pack_trees(grow_trees((first, second), hidden_size=0), row_tokens=64)
-            # Other targets would change which logits are sharp.
-            options = (Option(0, second[-4:]), Option(1, second[-4:]))
-            batch = [EncodedExample((first, second), options, gold=0)]
-            scores.append(self.scorer.scores(plan_of(batch, packs))[0, 0, 1])
-        return None if torch.equal(*scores) else f"{self.name} lets packed texts see each other"
+        for other in others:
+            batch = [EncodedExample((other, text), options, gold=0)]
+            plan = plan_of(batch, lay_out((other, text)))
+            scores.append(self.scorer.scores(plan)[0, 0, 1])
+        return (torch.stack(scores) - scores[0]).abs().max().item()
 
     def _find_what_states_allow(self, cache: PrefixCache | None) -> None:
         """Whether states run side by side, and over an input that is given."""
@@ -209,6 +226,14 @@ def _beside(output: Any) -> Beside | None:
     if not isinstance(output, tuple | list):
         return None
     return type(output)([None] * (len(output) - 1))
+
+
+def _in_trees(texts: Sequence[Tokens]) -> Iterator[Pack]:
+    return pack_trees(grow_trees(texts, hidden_size=0), row_tokens=64)
+
+
+def _in_rows(texts: Sequence[Tokens]) -> Iterator[Pack]:
+    return pad_rows(texts, row_tokens=64)
 
 
 def _two_options(first: Tokens, second: Tokens) -> list[EncodedExample]:
