@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import RwkvConfig
 
 from dlzo import trainer
 from dlzo.adapter import load_adapter
@@ -18,7 +19,7 @@ from dlzo.plots import plot_history
 from dlzo.sampler import batch_indices, step_seed
 from dlzo.trainer import train
 from runs import CONFIG, TOKENIZER, same, state, write_data
-from tiny import tiny_model
+from tiny import VOCABULARY, random_model, tiny_model
 
 SHORT = replace(CONFIG, steps=4, eval_every=2)
 
@@ -426,3 +427,13 @@ def test_ranks_may_have_the_model_in_other_folders(data, tmp_path, monkeypatch):
         config = replace(SHORT, steps=1, seed=seed)
         train(model, TOKENIZER, config, data, tmp_path / f"{name}-{seed}")
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("layer", [1, None])
+def test_a_model_that_changes_its_own_weights_is_refused(layer, data, tmp_path):
+    """In evaluation RWKV halves the weights of its upper layers, once: a fresh copy has others."""
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4}
+    model = random_model(RwkvConfig(vocab_size=VOCABULARY, **sizes, rescale_every=1))
+    with pytest.raises(UserError, match="RwkvForCausalLM changes its own weights as it runs"):
+        train(model, TOKENIZER, replace(CONFIG, layer=layer), data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

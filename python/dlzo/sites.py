@@ -92,11 +92,23 @@ def hidden_state(output: Any) -> Tensor:
 
 
 def forward(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens)."""
+    """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens).
+
+    Raises:
+        UserError: that has written to the weights, as where RWKV halves those of its upper layers.
+            What is tuned of such a model would fit no other copy of it.
+    """
+    weights = [weight for weight in model.parameters() if not weight.is_inference()]
+    before = [weight._version for weight in weights]
     # Offloaded weights lie on the meta device; the hooks that bring them in move the inputs too.
     device = "cpu" if model.device.type == "meta" else model.device
     with fast_products(model):
         model.base_model(input_ids=tokens.to(device), use_cache=False)
+    if [weight._version for weight in weights] != before:
+        raise UserError(
+            f"{type(model).__name__} changes its own weights as it runs, so that what is tuned of "
+            "it could not be loaded again: choose another model"
+        )
 
 
 def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import cast
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
@@ -51,6 +52,7 @@ from dlzo.run import (
 )
 from dlzo.sampler import batch_indices, batch_of
 from dlzo.scoring import PrefixCache, Scorer
+from dlzo.sites import forward
 from dlzo.step import shares_examples, take_step
 from dlzo.target import Target
 from dlzo.tasks import (
@@ -111,6 +113,8 @@ def train(
     with sole_use(model):
         task = get_task(config.task)
         examples = _load_examples(task, config, data_dir)
+        with torch.inference_mode():
+            forward(model.eval(), torch.zeros(1, 1, dtype=torch.long))  # refuses who changes itself
         config = distributed.from_first_rank(lambda: _resolved(model, tokenizer, config))
         config = _with_absolute_paths(config)
         with ExitStack() as stack:
