@@ -226,13 +226,21 @@ def step_with_blocks(layer):
     step.update(plus, minus)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of SIGINT: a shell's background job begins with that signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("take", [step_with_closure, step_with_blocks])
-def test_a_signal_at_any_line_leaves_a_whole_layer(take):
+def test_a_signal_at_any_line_leaves_a_whole_layer(take, ctrl_c):
     layer, before, after = layer_of(), copies(layer_of()), layer_of()
     take(after)
     own_files = {masters.__file__, signals.__file__, step_module.__file__}
     files = own_files | {contextmanager.__code__.co_filename, __file__}
-    own, until, ended = signal.getsignal(signal.SIGINT), 0, False
+    until, ended = 0, False
     bits_after = copies(after)
 
     def trace(frame, event, argument):
@@ -257,7 +265,7 @@ def test_a_signal_at_any_line_leaves_a_whole_layer(take):
             pass
         finally:
             sys.settrace(None)
-            left_behind = signal.signal(signal.SIGINT, own)
+            left_behind = signal.signal(signal.SIGINT, ctrl_c)
         with pytest.raises(KeyboardInterrupt):  # whatever stands there passes signals on
             left_behind(signal.SIGINT, None)
         assert_untouched(layer, before if torch.equal(layer.q, before[0]) else bits_after)
