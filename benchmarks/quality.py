@@ -50,6 +50,8 @@ SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
 SWEEP_FIGURE, METHODS_FIGURE = ROOT / "docs" / "sweep.png", ROOT / "docs" / "methods.png"
 SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
 ALL = (*SHORT, *LONG)
+# Whose runs had one machine, and no other programs beside them: only their steps' times are shown.
+TIMED = ("sst2", "copa", "wsc", "cb", "squad")
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
 SWEEP_STEPS = dict.fromkeys(SHORT, 200) | dict.fromkeys(LONG, 100)
 SWEEP_LRS, SWEEP_SEEDS = (3e-4, 1e-3, 3e-3), (0, 1)
@@ -332,6 +334,7 @@ def method_config(task: str, name: str, **settings: Any) -> TrainConfig:
 def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     """A row of the table: accuracy, or F1 of a generation task, on the test split."""
     metric = "test_f1" if rows[0]["test_f1"] else "test_accuracy"
+    timed = task in TIMED and rows[0]["lr"]
     values = [float(row[metric]) for row in rows]
     return {
         "task": task,
@@ -344,12 +347,12 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
         "mean": f"{mean(values):.4f}",
         "stdev": f"{stdev(values):.4f}" if len(values) > 1 else "",
         "loss": f"{mean(float(row['test_loss']) for row in rows):.4f}",
-        "step_ms": round(mean(float(row["step_ms"]) for row in rows)) if rows[0]["lr"] else "",
+        "step_ms": round(mean(float(row["step_ms"]) for row in rows)) if timed else "",
     }
 
 
 def draw_methods(table: Sequence[dict[str, Any]]) -> None:
-    """Validation, the mean over seeds, against the time that the steps took."""
+    """Validation, the mean over seeds, against the time that the steps took, or their number."""
     tuned, curves = [row for row in table if row["lr"]], read_rows(CURVES)
     tasks = list(dict.fromkeys(row["task"] for row in tuned))
     figure = Figure(figsize=(11, 3.4 * len(tasks)), layout="constrained")
@@ -362,10 +365,12 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
             points = mean_curve(curves, row, name)
             # No answers are generated for validation, so some tasks have a loss alone.
             axes.set_visible(bool(points))
-            seconds = [step * row["step_ms"] / 1e3 for step in points]
+            scale = row["step_ms"] / 1e3 if task in TIMED else 1
             colour = f"C{list(CANDIDATES).index(row['method'])}"
-            axes.plot(seconds, list(points.values()), "o-", ms=4, c=colour, label=row["method"])
-        axes.set(xlabel="seconds of steps, one thread", ylabel=f"validation {name}")
+            places = [scale * step for step in points]
+            axes.plot(places, list(points.values()), "o-", ms=4, c=colour, label=row["method"])
+        along = "seconds of steps, one thread" if task in TIMED else "steps"
+        axes.set(xlabel=along, ylabel=f"validation {name}")
         tidy(axes)
         axes.set_title(f"{task}, equal steps for all methods", loc="left")
         if name == "loss":
