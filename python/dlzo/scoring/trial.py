@@ -63,7 +63,7 @@ class Trial:
             UserError: the model looks at later tokens.
         """
         scorer, runner = self.scorer, self.scorer.runner
-        side_by_side = plan_of(self.batch, pad_rows(self.texts, row_tokens=64))
+        side_by_side = plan_of(self.batch, _in_rows(self.texts))
         # What is not finite is told by what is scored.
         if self.expected.isfinite().all() and self._problem(side_by_side) is not None:
             raise unsupported(self.model, "looks at the tokens after a position or at other rows")
