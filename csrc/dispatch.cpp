@@ -8,25 +8,27 @@
 #endif
 
 namespace dlzo {
+
+// Each made by table.cpp, compiled for its ISA.
+namespace baseline {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx512bf16 {
+extern const Kernels table;
+}
+
 namespace {
 
 struct Entry {
   Isa isa;
   const Kernels* kernels;
 };
-
-#define DLZO_TABLE(isa)                                                                          \
-  static const Kernels isa##_kernels = {isa::gaussian,    isa::perturb,         isa::round_into, \
-                                        isa::moments,     isa::channel_moments, isa::pack_keys,  \
-                                        isa::pack_values, isa::attend,          isa::rms_norm};
-
-DLZO_TABLE(baseline)
-#if defined(__x86_64__)
-DLZO_TABLE(avx2)
-DLZO_TABLE(avx512)
-DLZO_TABLE(avx512bf16)
-#endif
-#undef DLZO_TABLE
 
 #if defined(__x86_64__)
 // Not all compilers have a name for it in __builtin_cpu_supports.
@@ -37,7 +39,7 @@ bool has_f16c() {
 #endif
 
 std::vector<Entry> probe() {
-  const Entry baseline{{"baseline", true, true, ""}, &baseline_kernels};
+  const Entry baseline{{"baseline", true, true, ""}, &baseline::table};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -48,14 +50,14 @@ std::vector<Entry> probe() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   const char* lacks = "this processor lacks it";
-  std::vector<Entry> entries = {
-      {{"avx512bf16", true, has_bf16, has_bf16 ? "" : lacks}, &avx512bf16_kernels},
-      {{"avx512", true, has_avx512, has_avx512 ? "" : lacks}, &avx512_kernels},
-      {{"avx2", true, has_avx2, has_avx2 ? "" : lacks}, &avx2_kernels},
+  std::vector<Entry> best_first = {
+      {{"avx512bf16", true, has_bf16, has_bf16 ? "" : lacks}, &avx512bf16::table},
+      {{"avx512", true, has_avx512, has_avx512 ? "" : lacks}, &avx512::table},
+      {{"avx2", true, has_avx2, has_avx2 ? "" : lacks}, &avx2::table},
       baseline};
   // Intel's products of bfloat16 pairs are slower than its float32 ones.
-  if (made_by_intel()) std::swap(entries[0], entries[1]);
-  return entries;
+  if (made_by_intel()) std::swap(best_first[0], best_first[1]);
+  return best_first;
 #else
   const char* foreign = "an x86-64 instruction set; this build is for another architecture";
   return {{{"avx512bf16", false, false, foreign}, nullptr},

@@ -70,22 +70,19 @@ struct Kernels {
                    float eps);
 };
 
-#define DLZO_DECLARE_ISA(isa)                                                          \
-  namespace isa {                                                                      \
-  void gaussian(char*, DType, int64_t, uint64_t, Direction);                           \
-  void perturb(char*, DType, const char*, DType, int64_t, uint64_t, Direction, float); \
-  void round_into(char*, DType, const char*, int64_t);                                 \
-  Moments moments(const char*, DType, int64_t, int32_t*);                              \
-  void channel_moments(const char*, DType, int64_t, int64_t, int64_t, int, Moments*);  \
-  void pack_keys(float*, const Vectors&, int64_t);                                     \
-  void pack_values(float*, const Vectors&, int64_t);                                   \
-  void attend(const Attention&, const Row*, int, float*);                              \
-  void rms_norm(char*, const char*, const char*, DType, int64_t, float);               \
-  }
-DLZO_DECLARE_ISA(baseline)
-DLZO_DECLARE_ISA(avx2)
-DLZO_DECLARE_ISA(avx512)
-DLZO_DECLARE_ISA(avx512bf16)
-#undef DLZO_DECLARE_ISA
+#ifdef DLZO_ISA
+namespace DLZO_ISA {
+void gaussian(char*, DType, int64_t, uint64_t, Direction);
+void perturb(char*, DType, const char*, DType, int64_t, uint64_t, Direction, float);
+void round_into(char*, DType, const char*, int64_t);
+Moments moments(const char*, DType, int64_t, int32_t*);
+void channel_moments(const char*, DType, int64_t, int64_t, int64_t, int, Moments*);
+void pack_keys(float*, const Vectors&, int64_t);
+void pack_values(float*, const Vectors&, int64_t);
+void attend(const Attention&, const Row*, int, float*);
+void rms_norm(char*, const char*, const char*, DType, int64_t, float);
+extern const Kernels table;  // of all of these
+}  // namespace DLZO_ISA
+#endif
 
 }  // namespace dlzo
