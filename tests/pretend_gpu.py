@@ -1,6 +1,6 @@
 """A pretended GPU: what surrounds the kernels, run with tensors that lie on the CPU but deny it.
 
-    python tests/pretend_gpu.py methods|families|inference
+    python tests/pretend_gpu.py
 
 To torch and to dlzo these are CUDA tensors; they compute with tensors of the CPU that they hold. As
 on a GPU, an operation that is given tensors of both devices raises. It changes torch for the rest
@@ -10,7 +10,6 @@ of the process, so test_pretend_gpu.py runs it in one of its own.
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -261,6 +260,6 @@ def check_inference() -> None:
 
 if __name__ == "__main__":
     pretend()
-    {"methods": check_methods, "families": check_families, "inference": check_inference}[
-        sys.argv[1]
-    ]()
+    check_methods()
+    check_families()
+    check_inference()

@@ -1,4 +1,4 @@
-"""One rank of the runs in tests/test_distributed.py: python ranks.py SCENARIO FOLDER."""
+"""What a rank does in the runs of test_distributed.py."""
 
 from __future__ import annotations
 
@@ -193,11 +193,14 @@ def assert_equal(whole: torch.nn.Module, shards: torch.nn.Module) -> None:
         assert b.full_tensor().dtype is a.dtype and torch.equal(a, b.full_tensor())
 
 
-if __name__ == "__main__":
+def run_rank(scenario: str, folder: Path, shared: dict[str, str], rank: int) -> None:
+    """Runs a scenario as one rank, in a process of its own; what it says goes to a file."""
+    os.environ.update(shared, RANK=str(rank))
+    sys.stderr = stderr_of(folder, rank).open("w")
     torch.set_num_threads(1)
     with joined():
-        globals()[sys.argv[1]](Path(sys.argv[2]))
-    if sys.argv[1] == "sharded":
-        # After DTensors torch keeps gloo's threads: one that frees a tensor while Python ends
-        # would abort this rank, whose work is done.
-        os._exit(0)
+        globals()[scenario](folder)
+
+
+def stderr_of(folder: Path, rank: int) -> Path:
+    return folder / f"stderr-{rank}"

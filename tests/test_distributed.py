@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import shutil
 import socket
 import subprocess
@@ -20,11 +20,15 @@ from dlzo.records import Event
 from dlzo.replay import replay
 from dlzo.rule import Rule
 from dlzo.trainer import resume, train
-from ranks import SHORT, TARGETS
+from ranks import SHORT, TARGETS, run_rank, stderr_of
 from runs import TOKENIZER, same, state, write_data
 from tiny import byte_tokenizer, tiny_model
 
-RANKS = Path(__file__).with_name("ranks.py")
+# Forks ranks off a process that has imported torch once.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["dlzo.trainer", "torch.distributed.tensor", "transformers.models.llama.modeling_llama"]
+)
 
 
 def start(scenario: str, folder: Path, size: int) -> list[tuple[int, str]]:
@@ -34,16 +38,14 @@ def start(scenario: str, folder: Path, size: int) -> list[tuple[int, str]]:
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, RANKS, scenario, folder],
-            env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        FORKS.Process(target=run_rank, args=(scenario, folder, shared, rank))
         for rank in range(size)
     ]
-    errors = [process.communicate()[1] for process in processes]
-    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [(p.exitcode, stderr_of(folder, rank).read_text()) for rank, p in enumerate(processes)]
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -1,4 +1,4 @@
-"""Training, probe and generation on a pretended GPU (pretend_gpu.py), in processes of their own."""
+"""Training, probe and generation on a pretended GPU (pretend_gpu.py), in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("checks", ["methods", "families", "inference"])
-def test_what_surrounds_the_kernels_keeps_to_the_device(checks: str, tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, checks]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_what_surrounds_the_kernels_keeps_to_the_device(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert found.returncode == 0, found.stderr[-3000:]

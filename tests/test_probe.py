@@ -571,16 +571,3 @@ def test_bad_texts(tmp_path: Path, content: bytes, message: str) -> None:
 def test_missing_texts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"texts\.txt' cannot be read \(No such file"):
         read_texts(tmp_path / "texts.txt")
-
-
-def test_smollm2(smollm2) -> None:
-    model, tokenizer = smollm2
-    report = probe(model, tokenizer)
-    assert report.decision.layer == 11
-    assert report.decision.runner_up in (1, 2)
-    assert report.depends_on == []
-    # One channel, the same in the MLP's output and in the residual stream, at the first token.
-    channels = {(s.site, s.layer): s.channels[0] for s in report.sites}
-    block, mlp = channels["block", 11], channels["mlp", 11]
-    assert (block.channel, block.texts, block.position) == (507, len(calibration_texts()), 0)
-    assert mlp.channel == 507

@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from dlzo.calibration import calibration_texts
 from dlzo.config import TrainConfig
 from dlzo.demo import demo_data
 from dlzo.evaluation import evaluate
@@ -18,17 +19,31 @@ def test_the_dominant_layer_is_11(smollm2):
     report = probe(*smollm2)
     assert report.decision.layer == 11
     assert report.decision.verdict == "dominant"
+    assert report.decision.runner_up in (1, 2)
+    assert report.depends_on == []
     assert report.layers[11].absmax > 10_000
     assert report.layers[10].absmax < 500
+    # One channel, the same in the MLP's output and in the residual stream, at the first token.
+    channels = {(s.site, s.layer): s.channels[0] for s in report.sites}
+    block, mlp = channels["block", 11], channels["mlp", 11]
+    assert (block.channel, block.texts, block.position) == (507, len(calibration_texts()), 0)
+    assert mlp.channel == 507
     json.dumps(report.to_json(), allow_nan=False)
+
+
+# Of each split: what a layer gains shows in a few steps on few texts.
+ROWS = {"train": 96, "validation": 48, "test": 32}
 
 
 def test_a_short_fine_tune_lowers_the_validation_loss(tmp_path):
     model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
-    config = TrainConfig("sst2", layer=11, steps=40, eval_every=20)
     with demo_data() as data:
-        metrics = train(model, tokenizer, config, data, tmp_path / "out")
-        untuned = metrics["history"][0]["validation_loss"]
-        assert metrics["best"]["loss"] < 0.9 * untuned
-        assert metrics["skipped"] == 0
-        assert evaluate(model, tokenizer, "sst2", data) == metrics["test"]
+        for split, count in ROWS.items():
+            rows = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
+            (tmp_path / f"{split}.jsonl").write_text("".join(rows[:count]))
+    config = TrainConfig("sst2", layer=11, eps=1e-2, steps=24, eval_every=12)
+    metrics = train(model, tokenizer, config, tmp_path, tmp_path / "out")
+    untuned = metrics["history"][0]["validation_loss"]
+    assert metrics["best"]["loss"] < 0.9 * untuned
+    assert metrics["skipped"] == 0
+    assert evaluate(model, tokenizer, "sst2", tmp_path) == metrics["test"]
