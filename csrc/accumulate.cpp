@@ -19,14 +19,7 @@ static void copy_rounded(char* out, const char* base, int64_t count) {
 }
 
 void round_into(char* out, DType out_dtype, const char* base, int64_t count) {
-  switch (out_dtype) {
-    case DType::kFloat32:
-      return copy_rounded<DType::kFloat32>(out, base, count);
-    case DType::kBFloat16:
-      return copy_rounded<DType::kBFloat16>(out, base, count);
-    case DType::kFloat16:
-      return copy_rounded<DType::kFloat16>(out, base, count);
-  }
+  with_dtype(out_dtype, [&](auto as) { copy_rounded<as.value>(out, base, count); });
 }
 
 }  // namespace dlzo::DLZO_ISA

@@ -393,26 +393,13 @@ static void tiles_moments(const char* x, int64_t before, int64_t rows, int64_t s
 }
 
 Moments moments(const char* x, DType dtype, int64_t count, int32_t* known) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return run_moments<DType::kFloat32>(x, count, known);
-    case DType::kBFloat16:
-      return run_moments<DType::kBFloat16>(x, count, known);
-    default:
-      return run_moments<DType::kFloat16>(x, count, known);
-  }
+  return with_dtype(dtype, [&](auto as) { return run_moments<as.value>(x, count, known); });
 }
 
 void channel_moments(const char* x, DType dtype, int64_t before, int64_t rows, int64_t step,
                      int channels, Moments* result) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return tiles_moments<DType::kFloat32>(x, before, rows, step, channels, result);
-    case DType::kBFloat16:
-      return tiles_moments<DType::kBFloat16>(x, before, rows, step, channels, result);
-    default:
-      return tiles_moments<DType::kFloat16>(x, before, rows, step, channels, result);
-  }
+  with_dtype(dtype,
+             [&](auto as) { tiles_moments<as.value>(x, before, rows, step, channels, result); });
 }
 
 }  // namespace dlzo::DLZO_ISA

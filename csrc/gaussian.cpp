@@ -14,14 +14,7 @@ static void fill(char* out, int64_t count, uint64_t index, Direction direction) 
 }
 
 void gaussian(char* out, DType dtype, int64_t count, uint64_t index, Direction direction) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return fill<DType::kFloat32>(out, count, index, direction);
-    case DType::kBFloat16:
-      return fill<DType::kBFloat16>(out, count, index, direction);
-    case DType::kFloat16:
-      return fill<DType::kFloat16>(out, count, index, direction);
-  }
+  with_dtype(dtype, [&](auto as) { fill<as.value>(out, count, index, direction); });
 }
 
 }  // namespace dlzo::DLZO_ISA

@@ -71,10 +71,7 @@ static void normalise(char* out, const char* x, const char* weight, int64_t size
 }
 
 void rms_norm(char* out, const char* x, const char* weight, DType dtype, int64_t size, float eps) {
-  const auto run = dtype == DType::kBFloat16  ? normalise<DType::kBFloat16>
-                   : dtype == DType::kFloat16 ? normalise<DType::kFloat16>
-                                              : normalise<DType::kFloat32>;
-  run(out, x, weight, size, eps);
+  with_dtype(dtype, [&](auto as) { normalise<as.value>(out, x, weight, size, eps); });
 }
 
 }  // namespace dlzo::DLZO_ISA

@@ -116,6 +116,24 @@ DLZO_INLINE void store_pair(char* target, const Pair& value) {
   }
 }
 
+template <DType dtype>
+struct Constant {
+  static constexpr DType value = dtype;
+};
+
+// What body returns for a Constant of dtype, whose value can be a template's argument.
+template <class Body>
+DLZO_INLINE auto with_dtype(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(Constant<DType::kFloat32>());
+    case DType::kBFloat16:
+      return body(Constant<DType::kBFloat16>());
+    default:
+      return body(Constant<DType::kFloat16>());
+  }
+}
+
 // `count` values at x as float32; nothing beyond them is read or written.
 template <DType dtype>
 DLZO_INLINE void widen(const char* x, int64_t count, float* out) {

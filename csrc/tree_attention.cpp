@@ -172,15 +172,11 @@ DLZO_INLINE void narrow_as(char* out, const float* x, int64_t count, float facto
 
 // `count` values as float32.
 static void widen(const char* x, DType dtype, int64_t count, float* out) {
-  if (dtype == DType::kBFloat16) return widen<DType::kBFloat16>(x, count, out);
-  if (dtype == DType::kFloat16) return widen<DType::kFloat16>(x, count, out);
-  widen<DType::kFloat32>(x, count, out);
+  with_dtype(dtype, [&](auto as) { widen<as.value>(x, count, out); });
 }
 
 static void narrow(char* out, DType dtype, const float* x, int64_t count, float factor) {
-  if (dtype == DType::kBFloat16) return narrow_as<DType::kBFloat16>(out, x, count, factor);
-  if (dtype == DType::kFloat16) return narrow_as<DType::kFloat16>(out, x, count, factor);
-  narrow_as<DType::kFloat32>(out, x, count, factor);
+  with_dtype(dtype, [&](auto as) { narrow_as<as.value>(out, x, count, factor); });
 }
 
 // A key's channels, or pairs of them, as a column of its panel.
