@@ -564,9 +564,9 @@ def test_plan_explains_itself():
     batch = scorer.encode(EXAMPLES[:3])
     scorer.cache_prefixes(batch[:2])
     text = scorer.plan(batch).explain()
-    assert "3 examples, 6 options, 3 distinct sequences of 59 tokens" in text
-    assert "59 positions in 2 forwards; a plain padded batch has 216" in text
-    assert "the option tokens' rows at 3 positions" in text
+    assert "examples: 3, options: 6, distinct sequences: 3, their tokens: 59" in text
+    assert "forwards: 2, positions: 59, of a plain padded batch: 216" in text
+    assert "the option tokens' rows, positions: 3" in text
     assert "cache for 2 sequences" in text
 
 

@@ -75,14 +75,14 @@ class Plan:
         options = sum(len(example.options) for example in self.batch)
         head = sum(len(readout.row) for readout in self.readouts)
         rows = "the option tokens' rows" if self.one_token_options else "all rows"
+        sequences = sum(len(pack.places) for pack in self.packs)
         return "\n".join(
             (
-                f"{len(self.batch)} examples, {options} options, "
-                f"{sum(len(pack.places) for pack in self.packs)} distinct sequences of {tokens} "
-                f"tokens",
-                f"{self.positions} positions in {len(self.packs)} forwards; a plain padded batch "
-                f"has {self.padded_positions}",
-                f"output embeddings: {rows} at {head} positions",
+                f"examples: {len(self.batch)}, options: {options}, distinct sequences: {sequences}, "
+                f"their tokens: {tokens}",
+                f"forwards: {len(self.packs)}, positions: {self.positions}, of a plain padded "
+                f"batch: {self.padded_positions}",
+                f"output embeddings: {rows}, positions: {head}",
                 *self.notes,
             )
         )
