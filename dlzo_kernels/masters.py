@@ -85,17 +85,18 @@ class _Key(NamedTuple):
     dtype: torch.dtype
 
 
-# Threads meet in it, so it is read by way of lists. A signal could leave a lock locked.
+# Threads meet in it, so it is read by way of copies: while a list is made of its items, garbage may
+# be collected, whose finalizers let other threads run. A signal could leave a lock locked.
 _entries: dict[_Key, _Entry] = {}
 
 
 def adopted(layer: Layer) -> list[Tuned]:
     """What is tuned, with its masters."""
-    for key, entry in list(_entries.items()):
+    for key, entry in _entries.copy().items():
         if entry.storage.expired():
             _entries.pop(key, None)
     collected = tuned_parameters(layer)
-    others = [live for e in list(_entries.values()) if (live := e.perturbed) is not None]
+    others = [live for e in _entries.copy().values() if (live := e.perturbed) is not None]
     for name, _, live, _ in collected:
         for other in others:
             if live.device == other.device and live.numel() and overlap(live, other):
@@ -132,7 +133,7 @@ def own_writes(tuned: Sequence[Tuned]) -> Iterator[None]:
     storages, own = {t.entry.storage.cdata for t in tuned}, {id(t.entry) for t in tuned}
     others = [
         entry
-        for key, entry in list(_entries.items())
+        for key, entry in _entries.copy().items()
         if key.storage in storages and id(entry) not in own and entry.is_up_to_date()
     ]
     yield
@@ -178,7 +179,7 @@ def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:
 
 def _forget_overlapping(live: Tensor, key: _Key) -> None:
     """Other views of this memory need masters no more: once it moves they speak for nothing."""
-    for other, entry in list(_entries.items()):
+    for other, entry in _entries.copy().items():
         if other.storage != key.storage or other == key or entry.perturbed is not None:
             continue
         view = live.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -235,7 +236,8 @@ def ctrl_c():
 
 
 @pytest.mark.parametrize("take", [step_with_closure, step_with_blocks])
-def test_a_signal_at_any_line_leaves_a_whole_layer(take, ctrl_c):
+def test_a_signal_at_any_line_leaves_a_whole_layer(take, ctrl_c, monkeypatch):
+    monkeypatch.setattr(masters, "_entries", {})  # lines are counted, and each costs some
     layer, before, after = layer_of(), copies(layer_of()), layer_of()
     take(after)
     own_files = {masters.__file__, signals.__file__, step_module.__file__}
@@ -512,6 +514,27 @@ def test_steps_in_several_threads_do_not_meet_in_the_masters():
         thread.join()
     sys.setswitchinterval(interval)
     assert not errors
+
+
+def test_masters_may_go_while_garbage_is_collected():
+    """There a finalizer may let another thread run, in the midst of whatever makes objects."""
+    weights, collected, thresholds = [torch.ones(4) for _ in range(300)], [], gc.get_threshold()
+
+    def forget_one(phase: str, _: object) -> None:
+        collected.append(phase)
+        masters._entries.pop(next(iter(masters._entries), None), None)
+
+    for tensor in weights:
+        zo_step(tensor, 1, 1e-3, 1e-3, closure=lambda: 0.0)
+    pairs = [*zip(range(5000), range(5000), strict=True)]  # new ones are none that lie at hand
+    gc.callbacks.append(forget_one)
+    gc.set_threshold(5)
+    try:
+        zo_step(weights[-1], 1, 1e-3, 1e-3, closure=lambda: 0.0)
+    finally:
+        gc.callbacks.remove(forget_one)
+        gc.set_threshold(*thresholds)
+    assert pairs and collected
 
 
 def test_blocks_that_are_left_in_another_order_leave_the_handler_of_signals():
