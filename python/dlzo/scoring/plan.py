@@ -78,8 +78,8 @@ class Plan:
         sequences = sum(len(pack.places) for pack in self.packs)
         return "\n".join(
             (
-                f"examples: {len(self.batch)}, options: {options}, distinct sequences: {sequences}, "
-                f"their tokens: {tokens}",
+                f"examples: {len(self.batch)}, options: {options}, "
+                f"distinct sequences: {sequences}, their tokens: {tokens}",
                 f"forwards: {len(self.packs)}, positions: {self.positions}, of a plain padded "
                 f"batch: {self.padded_positions}",
                 f"output embeddings: {rows}, positions: {head}",
