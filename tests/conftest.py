@@ -20,6 +20,12 @@ from dlzo_kernels import _C
 ISAS = [name for name, *_ in _C.isas()]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator of its own is the same each time, in any order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn, forced."""
