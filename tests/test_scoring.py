@@ -558,6 +558,11 @@ def test_the_kernel_computes_the_norms(monkeypatch):
     assert "0 RMS norms by dlzo_kernels.rms_norm" in plan.explain()
 
 
+def test_an_empty_batch_is_refused():
+    with pytest.raises(UserError, match="batch to be scored is empty"):
+        Scorer(tiny_model(), TOKENIZER).plan([])
+
+
 def test_plan_explains_itself():
     model, tokenizer = tiny_model(), byte_tokenizer(*SENTIMENT)
     scorer = Scorer(model, tokenizer, decoder_layers(model)[1], cache=PrefixCache(1 << 20))

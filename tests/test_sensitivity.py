@@ -163,6 +163,7 @@ def test_a_layer_does_not_depend_on_the_others(
         ({"batch_size": 21}, "batch_size is 21: the task has 20"),
         ({"eps": 0.0}, "eps is 0.0"),
         ({"layers": [4]}, "layer is 4: the model has layers 0 to 3"),
+        ({"layers": []}, "layers is empty: give at least one"),
         ({"eps": 1e30}, "a loss is not finite"),
     ],
 )

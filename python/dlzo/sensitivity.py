@@ -148,6 +148,8 @@ def sensitivity(
             f"batch_size is {batch_size}: the task has {len(examples)} training examples"
         )
     chosen = range(len(decoder_layers(model))) if layers is None else layers
+    if not chosen:
+        raise UserError("layers is empty: give at least one, or None for all")
     for index in chosen:
         Target(model, (index,)).check_tunable()
     zs = [step_seed(seed, step) for step in range(1, seeds + 1)]

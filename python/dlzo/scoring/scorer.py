@@ -118,7 +118,13 @@ class Scorer:
         return encoded
 
     def plan(self, batch: Sequence[EncodedExample]) -> Plan:
-        """How the batch will be scored. Sequences in the cache get packs of their own."""
+        """How the batch will be scored. Sequences in the cache get packs of their own.
+
+        Raises:
+            UserError: the batch is empty.
+        """
+        if not batch:
+            raise UserError("the batch to be scored is empty: give at least one example")
         sequences = {tokens for example in batch for tokens in example.sequences}
         cache = self._bound_cache()
         cached = {tokens for tokens in sequences if cache is not None and tokens in cache}
