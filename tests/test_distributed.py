@@ -24,10 +24,11 @@ from ranks import SHORT, TARGETS, run_rank, stderr_of
 from runs import TOKENIZER, same, state, write_data
 from tiny import byte_tokenizer, tiny_model
 
-# Forks ranks off a process that has imported torch once.
+# Forks ranks off a process that has imported once what takes long. Not dlzo: that process looks for
+# modules in the working folder first, whose dlzo_kernels may have no extension in it.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["dlzo.trainer", "torch.distributed.tensor", "transformers.models.llama.modeling_llama"]
+    ["torch.distributed.tensor", "transformers.models.llama.modeling_llama", "peft"]
 )
 
 
