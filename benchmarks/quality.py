@@ -98,6 +98,10 @@ CANDIDATES = {
     "lozo": Method({"method": "lozo"}, (1e-5, 3e-5, 1e-4)),
     "lora": Method({"method": "lora", "eps": EPS}, (1e-3, 3e-3, 1e-2)),
     "lora dominant": Method({"method": "lora", "layer": LAYER, "eps": EPS}, (3e-3, 1e-2, 3e-2)),
+    # 12,672 parameters: a move as long as that of the layer takes a larger eps.
+    "dominant channels": Method(
+        {"layer": LAYER, "eps": 1e-1, "channels": "outlier"}, (3e-2, 1e-1, 3e-1)
+    ),
 }
 
 
