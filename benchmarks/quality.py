@@ -52,6 +52,7 @@ SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc"
 ALL = (*SHORT, *LONG)
 # Whose runs had one machine, and no other programs beside them: only their steps' times are shown.
 TIMED = ("sst2", "copa", "wsc", "cb", "squad")
+UNTIMED = ("dominant channels",)  # on any task
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
 SWEEP_STEPS = dict.fromkeys(SHORT, 200) | dict.fromkeys(LONG, 100)
 SWEEP_LRS, SWEEP_SEEDS = (3e-4, 1e-3, 3e-3), (0, 1)
@@ -338,7 +339,7 @@ def method_config(task: str, name: str, **settings: Any) -> TrainConfig:
 def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     """A row of the table: accuracy, or F1 of a generation task, on the test split."""
     metric = "test_f1" if rows[0]["test_f1"] else "test_accuracy"
-    timed = task in TIMED and rows[0]["lr"]
+    timed = task in TIMED and method not in UNTIMED and rows[0]["lr"]
     values = [float(row[metric]) for row in rows]
     return {
         "task": task,
@@ -364,7 +365,7 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
     names = itertools.product(tasks, ("accuracy", "loss"))
     for axes, (task, name) in zip(grid.flat, names, strict=True):
         for row in tuned:
-            if row["task"] != task:
+            if row["task"] != task or (task in TIMED and row["step_ms"] == ""):
                 continue
             points = mean_curve(curves, row, name)
             # No answers are generated for validation, so some tasks have a loss alone.
