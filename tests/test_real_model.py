@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from dlzo.calibration import calibration_texts
 from dlzo.config import TrainConfig
 from dlzo.demo import demo_data
 from dlzo.evaluation import evaluate
-from dlzo.models import load_model
+from dlzo.models import decoder_layers, load_model
 from dlzo.probe import probe
+from dlzo.scoring import PrefixCache, Scorer
 from dlzo.trainer import train
 
 
@@ -29,6 +31,15 @@ def test_the_dominant_layer_is_11(smollm2):
     assert (block.channel, block.texts, block.position) == (507, len(calibration_texts()), 0)
     assert mlp.channel == 507
     json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_its_scorer_takes_every_shortcut(dtype):
+    model, tokenizer = load_model("smollm2", dtype=dtype)
+    scorer = Scorer(model, tokenizer, decoder_layers(model)[11], cache=PrefixCache(1 << 20))
+    assert (scorer.trees_problem, scorer.states_problem) == (None, None)
+    assert (scorer.mlp_problem, scorer.cache_problem) == (None, None)
+    assert len(scorer.runner.norms) == 61
 
 
 # Of each split: what a layer gains shows in a few steps on few texts.

@@ -202,6 +202,20 @@ def test_what_each_architecture_allows():
     assert not any(any(found) for found in problems.values())
 
 
+def test_reserved_tokens_do_not_decide_what_is_allowed(monkeypatch):
+    model = tiny_model()
+    embed = model.model.embed_tokens.forward
+
+    def unsteady(ids):
+        embedded = embed(ids)
+        return embedded + (ids < 32).unsqueeze(-1) * torch.randn_like(embedded)
+
+    monkeypatch.setattr(model.model.embed_tokens, "forward", unsteady)
+    scorer = Scorer(model, byte_tokenizer(), decoder_layers(model)[1], cache=PrefixCache(1 << 20))
+    assert (scorer.trees_problem, scorer.states_problem) == (None, None)
+    assert (scorer.mlp_problem, scorer.cache_problem) == (None, None)
+
+
 def test_a_leak_that_could_pass_for_rounding_is_noticed(monkeypatch):
     monkeypatch.setattr(Trial, "_problem", lambda *_: None)
     scorer = Scorer(tiny_model("bloom"), byte_tokenizer())

@@ -80,9 +80,13 @@ class Trial:
             self._find_what_states_allow(cache)
 
     def _text(self, tokens: Iterable[int]) -> Tokens:
-        """Tokens that the model has: one of letters may have few."""
-        config = self.model.config.get_text_config(decoder=True)
-        return tuple(token % config.vocab_size for token in tokens)
+        """Ordinary tokens that the model has: one of letters may have few.
+
+        Its first ones are special or reserved: rounding to 16 bits moves the scores of such a text
+        by as much as another forward would.
+        """
+        size = self.model.config.get_text_config(decoder=True).vocab_size
+        return tuple((size // 8 + token) % size for token in tokens)
 
     def _first_scores(self) -> Tensor:
         """The scores of the weights as they are, by way of all tuned layers."""
