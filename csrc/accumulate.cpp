@@ -6,20 +6,8 @@
 
 namespace dlzo::DLZO_ISA {
 
-template <DType dtype>
-static void copy_rounded(char* out, const char* base, int64_t count) {
-  constexpr int64_t kStep = 2 * kLanes, kSize = size_of(dtype);
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep)
-    store_pair<dtype>(out + i * kSize, load_pair<DType::kFloat32>(base + i * 4));
-  alignas(64) char from[kStep * 4] = {}, to[kStep * 4];
-  memcpy(from, base + i * 4, (size_t)(count - i) * 4);
-  store_pair<dtype>(to, load_pair<DType::kFloat32>(from));
-  memcpy(out + i * kSize, to, (size_t)((count - i) * kSize));
-}
-
 void round_into(char* out, DType out_dtype, const char* base, int64_t count) {
-  with_dtype(out_dtype, [&](auto as) { copy_rounded<as.value>(out, base, count); });
+  with_dtype(out_dtype, [&](auto as) { narrow<as.value>(out, base, count, 1.0f); });
 }
 
 }  // namespace dlzo::DLZO_ISA

@@ -142,6 +142,14 @@ PYBIND11_MODULE(_C, module) {
       },
       unlocked);
   module.def(
+      "add_low_rank",
+      [](const Tensor& out, const Tensor& master, const Sizes& shape, uintptr_t u, uintptr_t v,
+         int64_t rank, float scale, int threads) {
+        add_low_rank(view(out), view(master), shape, reinterpret_cast<const float*>(u),
+                     reinterpret_cast<const float*>(v), rank, scale, threads);
+      },
+      unlocked);
+  module.def(
       "activation_stats",
       [](uintptr_t x, int dtype, int64_t rows, int64_t channels, int reduction,
          std::array<uintptr_t, 5> out, int threads) {

@@ -241,6 +241,21 @@ void accumulate(const View& out, const View& base, const Numbering& numbering,
                });
 }
 
+void add_low_rank(const View& out, const View& master, const std::vector<int64_t>& shape,
+                  const float* u, const float* v, int64_t rank, float scale, int threads) {
+  const Kernels& isa = kernels();
+  const int64_t columns = shape.back();
+  // A gap in the numbers behind each row keeps the runs within rows.
+  const int64_t row_stride = columns + 1;
+  for_each_run(out, master, Base::kRead, {shape, 0, row_stride}, threads,
+               [&](char* to, char* from, int64_t count, uint64_t index) {
+                 const int64_t place = static_cast<int64_t>(index);
+                 const int64_t row = place / row_stride, column = place % row_stride;
+                 isa.add_low_rank(to, out.dtype, from, {u + row * rank, v + column, columns, rank},
+                                  count, scale);
+               });
+}
+
 void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels,
                       Reduction reduction, const StatsOut& out, int threads) {
   if (reduction == Reduction::kTensor)

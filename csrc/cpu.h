@@ -32,6 +32,11 @@ void accumulate(const View& out, const View& base, const Numbering& numbering,
                 const std::vector<Direction>& directions, const std::vector<float>& scales,
                 int threads);
 
+// out = round(master + scale * U V^T) of a (rows, columns) matrix: `u` has `rank` numbers for each
+// row side by side, `v` `columns` for each of V^T; out may be the master.
+void add_low_rank(const View& out, const View& master, const std::vector<int64_t>& shape,
+                  const float* u, const float* v, int64_t rank, float scale, int threads);
+
 // Statistics of a contiguous (rows, channels) matrix: over all of it, or along one side; `out` has
 // arrays of length 1, `channels` or `rows`.
 void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels,

@@ -52,11 +52,19 @@ struct Row {
   int64_t position;  // on the path
 };
 
+// Of a row of U V^T: that of U, and the rows of V^T, `v_step` floats apart.
+struct Factors {
+  const float *u, *v;
+  int64_t v_step, rank;
+};
+
 struct Kernels {
   void (*gaussian)(char* out, DType dtype, int64_t count, uint64_t index, Direction direction);
   void (*perturb)(char* out, DType out_dtype, const char* base, DType base_dtype, int64_t count,
                   uint64_t index, Direction direction, float scale);
   void (*round_into)(char* out, DType out_dtype, const char* base, int64_t count);
+  void (*add_low_rank)(char* out, DType out_dtype, const char* base, const Factors& factors,
+                       int64_t count, float scale);
   // `known`: the bits of the largest |x| in earlier runs, -1 for none; raised where x has a larger
   // one. Of a maximum that is no larger the position is not sought.
   Moments (*moments)(const char* x, DType dtype, int64_t count, int32_t* known);
@@ -75,6 +83,7 @@ namespace DLZO_ISA {
 void gaussian(char*, DType, int64_t, uint64_t, Direction);
 void perturb(char*, DType, const char*, DType, int64_t, uint64_t, Direction, float);
 void round_into(char*, DType, const char*, int64_t);
+void add_low_rank(char*, DType, const char*, const Factors&, int64_t, float);
 Moments moments(const char*, DType, int64_t, int32_t*);
 void channel_moments(const char*, DType, int64_t, int64_t, int64_t, int, Moments*);
 void pack_keys(float*, const Vectors&, int64_t);

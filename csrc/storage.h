@@ -154,4 +154,22 @@ DLZO_INLINE void widen(const char* x, int64_t count, float* out) {
   memcpy(out + i, last, (size_t)((count - i) * 4));
 }
 
+// `count` floats, times a factor, rounded into the storage type; nothing beyond them is touched.
+template <DType dtype>
+DLZO_INLINE void narrow(char* out, const char* floats, int64_t count, float factor) {
+  constexpr int kStep = 2 * kLanes;
+  const auto scaled = [factor](const char* from) {
+    const Pair pair = load_pair<DType::kFloat32>(from);
+    return Pair{{pair.v[0] * factor, pair.v[1] * factor}};
+  };
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep)
+    store_pair<dtype>(out + i * size_of(dtype), scaled(floats + i * 4));
+  if (i == count) return;
+  alignas(64) char from[kStep * 4] = {}, to[kStep * 4];
+  memcpy(from, floats + i * 4, (size_t)((count - i) * 4));
+  store_pair<dtype>(to, scaled(from));
+  memcpy(out + i * size_of(dtype), to, (size_t)((count - i) * size_of(dtype)));
+}
+
 }  // namespace dlzo::DLZO_ISA

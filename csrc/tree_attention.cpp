@@ -155,28 +155,13 @@ static float exponentials(float* scores, int64_t count) {
   return reduce(sum, [](float a, float b) { return a + b; });
 }
 
-template <DType dtype>
-DLZO_INLINE void narrow_as(char* out, const float* x, int64_t count, float factor) {
-  constexpr int kStep = 2 * kLanes;
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep)
-    store_pair<dtype>(out + i * size_of(dtype),
-                      {{load<F32>(x + i) * factor, load<F32>(x + i + kLanes) * factor}});
-  if (i == count) return;
-  float last[kStep] = {};
-  alignas(64) char stage[kStep * 4];
-  memcpy(last, x + i, (size_t)((count - i) * 4));
-  store_pair<dtype>(stage, {{load<F32>(last) * factor, load<F32>(last + kLanes) * factor}});
-  memcpy(out + i * size_of(dtype), stage, (size_t)((count - i) * size_of(dtype)));
-}
-
 // `count` values as float32.
 static void widen(const char* x, DType dtype, int64_t count, float* out) {
   with_dtype(dtype, [&](auto as) { widen<as.value>(x, count, out); });
 }
 
 static void narrow(char* out, DType dtype, const float* x, int64_t count, float factor) {
-  with_dtype(dtype, [&](auto as) { narrow_as<as.value>(out, x, count, factor); });
+  with_dtype(dtype, [&](auto as) { narrow<as.value>(out, (const char*)x, count, factor); });
 }
 
 // A key's channels, or pairs of them, as a column of its panel.

@@ -9,16 +9,16 @@ Any other tensor has the z of `zo_step`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dlzo_kernels.masters import CHUNK, Tuned, adopted, move_masters
+from dlzo_kernels.masters import Tuned, adopted, move_masters
 from dlzo_kernels.ops._common import check_range
 from dlzo_kernels.ops.accumulate import check_directions
+from dlzo_kernels.ops.add_low_rank import add_low_rank
 from dlzo_kernels.ops.gaussian import gaussian
 from dlzo_kernels.ops.perturb import perturb_layer
 from dlzo_kernels.parameters import Layer
@@ -36,19 +36,13 @@ class _Factors(NamedTuple):
     v_seed: int
     rank: int
 
-    def z(self, t: Tuned, query: int) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, z of these rows, float32) of a matrix: products and sums rounded one by one."""
+    def add(self, out: Tensor, t: Tuned, query: int, scale: float) -> None:
+        """out = round(master + scale * z) of a matrix."""
         (m, n), device, stream = t.live.shape, t.live.device, t.numbering["stream"]
         u = gaussian((m, self.rank), self.seed, stream=stream, query=query, device=device)
         v_query = V_QUERY + query
         v = gaussian((n, self.rank), self.v_seed, stream=stream, query=v_query, device=device)
-        height = max(1, CHUNK[device.type] // max(1, n))
-        for start in range(0, m, height):
-            rows = slice(start, start + height)
-            z = u[rows, :1] * v[:, 0]
-            for k in range(1, self.rank):
-                z += u[rows, k : k + 1] * v[:, k]
-            yield rows, z
+        add_low_rank(out, t.entry.master, u, v, scale)
 
 
 class LowRankStep(ZOStep):
@@ -88,10 +82,7 @@ class LowRankStep(ZOStep):
 
     def _perturb(self, scale: float, direction: int) -> None:
         for t in self._matrices:
-            # Outside the mode, torch writes no tensor that was made in it.
-            with torch.inference_mode() if t.live.is_inference() else nullcontext():
-                for rows, z in self._factors.z(t, direction):
-                    t.live.detach()[rows].copy_(t.entry.master[rows] + z.mul_(scale))
+            self._factors.add(t.live.detach(), t, direction, scale)
         if self._others:
             perturb_layer([t.operand for t in self._others], self._seed, scale, direction)
 
@@ -166,7 +157,6 @@ def _move(
         if keep != 1:
             t.entry.master.mul_(keep)
         for query, scale in enumerate(scales):
-            for rows, z in factors.z(t, query):
-                t.entry.master[rows].add_(z.mul_(scale / factors.rank))
+            factors.add(t.entry.master, t, query, scale / factors.rank)
         t.entry.moves += 1
     move_masters(matrices, [], [], [])
