@@ -142,6 +142,13 @@ PYBIND11_MODULE(_C, module) {
       },
       unlocked);
   module.def(
+      "is_rounded",
+      [](uintptr_t out, int dtype, uintptr_t master, int64_t count, int threads) {
+        return is_rounded(reinterpret_cast<const char*>(out), dtype_of(dtype),
+                          reinterpret_cast<const char*>(master), count, threads);
+      },
+      unlocked);
+  module.def(
       "add_low_rank",
       [](const Tensor& out, const Tensor& master, const Sizes& shape, uintptr_t u, uintptr_t v,
          int64_t rank, float scale, int threads) {

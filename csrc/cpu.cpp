@@ -241,6 +241,20 @@ void accumulate(const View& out, const View& base, const Numbering& numbering,
                });
 }
 
+bool is_rounded(const char* out, DType out_dtype, const char* master, int64_t count, int threads) {
+  const Kernels& isa = kernels();
+  const int64_t chunks = (count + kChunk - 1) / kChunk;
+  std::atomic<bool> same{true};
+  parallel_for(chunks, kMinStats / kChunk, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end && same; chunk++) {
+      const int64_t first = chunk * kChunk, length = std::min(count - first, kChunk);
+      const char* values = out + first * size_of(out_dtype);
+      if (!isa.is_rounded(values, out_dtype, master + first * 4, length)) same = false;
+    }
+  });
+  return same;
+}
+
 void add_low_rank(const View& out, const View& master, const std::vector<int64_t>& shape,
                   const float* u, const float* v, int64_t rank, float scale, int threads) {
   const Kernels& isa = kernels();

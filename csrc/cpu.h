@@ -32,6 +32,9 @@ void accumulate(const View& out, const View& base, const Numbering& numbering,
                 const std::vector<Direction>& directions, const std::vector<float>& scales,
                 int threads);
 
+// Whether `count` values of out are the bits of round(master).
+bool is_rounded(const char* out, DType out_dtype, const char* master, int64_t count, int threads);
+
 // out = round(master + scale * U V^T) of a (rows, columns) matrix: `u` has `rank` numbers for each
 // row side by side, `v` `columns` for each of V^T; out may be the master.
 void add_low_rank(const View& out, const View& master, const std::vector<int64_t>& shape,

@@ -63,6 +63,7 @@ struct Kernels {
   void (*perturb)(char* out, DType out_dtype, const char* base, DType base_dtype, int64_t count,
                   uint64_t index, Direction direction, float scale);
   void (*round_into)(char* out, DType out_dtype, const char* base, int64_t count);
+  bool (*is_rounded)(const char* out, DType out_dtype, const char* base, int64_t count);
   void (*add_low_rank)(char* out, DType out_dtype, const char* base, const Factors& factors,
                        int64_t count, float scale);
   // `known`: the bits of the largest |x| in earlier runs, -1 for none; raised where x has a larger
@@ -83,6 +84,7 @@ namespace DLZO_ISA {
 void gaussian(char*, DType, int64_t, uint64_t, Direction);
 void perturb(char*, DType, const char*, DType, int64_t, uint64_t, Direction, float);
 void round_into(char*, DType, const char*, int64_t);
+bool is_rounded(const char*, DType, const char*, int64_t);
 void add_low_rank(char*, DType, const char*, const Factors&, int64_t, float);
 Moments moments(const char*, DType, int64_t, int32_t*);
 void channel_moments(const char*, DType, int64_t, int64_t, int64_t, int, Moments*);

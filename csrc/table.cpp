@@ -3,7 +3,7 @@
 
 namespace dlzo::DLZO_ISA {
 
-const Kernels table = {gaussian,        perturb,   round_into,  add_low_rank, moments,
-                       channel_moments, pack_keys, pack_values, attend,       rms_norm};
+const Kernels table = {gaussian,        perturb,   round_into,  is_rounded, add_low_rank, moments,
+                       channel_moments, pack_keys, pack_values, attend,     rms_norm};
 
 }  // namespace dlzo::DLZO_ISA

@@ -40,6 +40,17 @@ def accumulate(
     scales: Sequence[float],
     threads: int,
 ) -> None: ...
+def is_rounded(out: int, dtype: int, master: int, count: int, threads: int) -> bool: ...
+def add_low_rank(
+    out: _Tensor,
+    master: _Tensor,
+    shape: Sequence[int],
+    u: int,
+    v: int,
+    rank: int,
+    scale: float,
+    threads: int,
+) -> None: ...
 def activation_stats(
     x: int,
     dtype: int,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bits import assert_same_bits, bits
+from bits import assert_same_bits, bits, weights
 from dlzo_kernels import LowRankStep, gaussian, masters, signals, update_scales, zo_replay, zo_step
 from dlzo_kernels import step as step_module
 
@@ -518,19 +518,19 @@ def test_steps_in_several_threads_do_not_meet_in_the_masters():
 
 def test_masters_may_go_while_garbage_is_collected():
     """There a finalizer may let another thread run, in the midst of whatever makes objects."""
-    weights, collected, thresholds = [torch.ones(4) for _ in range(300)], [], gc.get_threshold()
+    live, collected, thresholds = [torch.ones(4) for _ in range(300)], [], gc.get_threshold()
 
     def forget_one(phase: str, _: object) -> None:
         collected.append(phase)
         masters._entries.pop(next(iter(masters._entries), None), None)
 
-    for tensor in weights:
+    for tensor in live:
         zo_step(tensor, 1, 1e-3, 1e-3, closure=lambda: 0.0)
     pairs = [*zip(range(5000), range(5000), strict=True)]  # new ones are none that lie at hand
     gc.callbacks.append(forget_one)
     gc.set_threshold(5)
     try:
-        zo_step(weights[-1], 1, 1e-3, 1e-3, closure=lambda: 0.0)
+        zo_step(live[-1], 1, 1e-3, 1e-3, closure=lambda: 0.0)
     finally:
         gc.callbacks.remove(forget_one)
         gc.set_threshold(*thresholds)
@@ -948,3 +948,16 @@ def test_a_seed_in_memory_is_the_same_as_the_number():
     ]
     assert results[0] == results[1]
     assert_untouched(there, copies(here))
+
+
+@pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 4097, 600_001])
+def test_a_master_notices_any_bit_that_another_wrote(isa, dtype, size):
+    master, live = weights(size), torch.empty(size, dtype=dtype)
+    entry = masters._Entry(live.copy_(master))
+    entry.master.copy_(master)
+    assert entry.speaks_for(live)
+    for place in {0, size // 2, size - 1}:
+        bits(live)[place] ^= 1
+        assert not entry.speaks_for(live)
+        bits(live)[place] ^= 1
+    assert entry.speaks_for(live)
