@@ -17,7 +17,8 @@ _CHUNK = 1 << 24
 def add_low_rank(out: Tensor, master: Tensor, u: Tensor, v: Tensor, scale: float) -> None:
     """out = round(master + scale * u v^T): products and sums in float32, rounded one by one.
 
-    The same bits on every backend: one kernel on CPUs, torch's operations elsewhere.
+    A matrix's direction in LOZO (arXiv 2410.07698). The same bits on every backend: one kernel on
+    CPUs, torch's operations elsewhere.
 
     Args:
         out: (m, n), float32, bfloat16 or float16; any strides. It may be the master.

@@ -69,15 +69,12 @@ def test_views_and_nothing_beside_them(isa, dtype, view):
 
 
 def test_in_place_and_with_any_number_of_threads(isa, set_threads):
-    results = []
     for threads in (1, 2, 5):
         set_threads(threads)
         master, u, v = drawn(130, 1000, 2)
         right = expected(master, u, v, SCALE, torch.float32)
         add_low_rank(master, master, u, v, SCALE)
         assert_same_bits(master, right)
-        results.append(master)
-    assert_same_bits(results[0], results[-1])
 
 
 def test_overflow_is_infinite_and_zeros_keep_their_sign(isa, dtype):
