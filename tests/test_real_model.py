@@ -33,7 +33,8 @@ def test_the_dominant_layer_is_11(smollm2):
     json.dumps(report.to_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# Where rounding could pass for another result.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_its_scorer_takes_every_shortcut(dtype):
     model, tokenizer = load_model("smollm2", dtype=dtype)
     scorer = Scorer(model, tokenizer, decoder_layers(model)[11], cache=PrefixCache(1 << 20))
