@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import dlzo_kernels as dk
 from dlzo_kernels import _C
+from dlzo_kernels.ops.add_low_rank import add_low_rank
 
 LAYER = 3_540_096  # parameters of a decoder layer of SmolLM2-135M
 LARGE = 1 << 26  # values that no cache holds
@@ -192,6 +193,37 @@ def bench_perturb(results: Results) -> None:
         for op in ("perturb_", "perturb_into"):
             speedup = ratio(times, "mezo", op)
             results.add(f"{op} {name}", 1, LAYER, times[op], speedup=speedup)
+
+
+def bench_low_rank(results: Results) -> None:
+    """Moving a matrix along a direction of rank 2, one thread, against LOZO's way."""
+    master, u, v = torch.randn(LAYER // 576, 576), torch.randn(LAYER // 576, 2), torch.randn(576, 2)
+    for dtype in (torch.bfloat16, torch.float32):
+        w, out = master.to(dtype), torch.empty_like(master, dtype=dtype)
+        factors = u.to(dtype), v.to(dtype).t()
+
+        def lozo(w: Tensor = w, factors: tuple[Tensor, Tensor] = factors) -> Tensor:
+            return w + torch.matmul(*factors) * 1e-3
+
+        runs: dict[str, Run] = {
+            "lozo": lozo,
+            "ours": lambda out=out: add_low_rank(out, master, u, v, 1e-3),
+        }
+        with threads(1):
+            times = interleaved(runs)
+        name, speedup = str(dtype).removeprefix("torch."), ratio(times, "lozo", "ours")
+        results.add(f"LOZO's way {name}", 1, LAYER, times["lozo"])
+        results.add(f"add_low_rank {name}", 1, LAYER, times["ours"], speedup=speedup)
+
+
+def bench_opening(results: Results) -> None:
+    """Opening a step on weights that it knows, one thread: they are compared with their master."""
+    for dtype in (torch.bfloat16, torch.float32):
+        w = torch.randn(LAYER).to(dtype)
+        with threads(1):
+            times = interleaved({"open": lambda w=w: dk.zo_step(w, 1, 1e-3, 0.0)})
+        name = str(dtype).removeprefix("torch.")
+        results.add(f"opening a step {name}", 1, LAYER, times["open"])
 
 
 def bench_isas(results: Results) -> None:
@@ -389,6 +421,8 @@ def main() -> None:
         limits = Limits(folder)
         bench_noise(results, limits)
         bench_perturb(results)
+        bench_low_rank(results)
+        bench_opening(results)
         bench_isas(by_isa)
         bench_threads(results)
         bench_accumulate(results)
