@@ -21,6 +21,15 @@ VIEWS = {
 }
 
 
+def low_rank(u: Tensor, v: Tensor) -> np.ndarray:
+    """U V^T, each product and each sum rounded to float32 by numpy, in order."""
+    columns, rows = u.numpy().T, v.numpy().T
+    z = np.outer(columns[0], rows[0])
+    for column, row in zip(columns[1:], rows[1:], strict=True):
+        z = z + np.outer(column, row)
+    return z
+
+
 def weights(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype)
