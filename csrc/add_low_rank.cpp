@@ -7,8 +7,6 @@
 
 namespace dlzo::DLZO_ISA {
 
-constexpr int kStep = 2 * kLanes;  // values of a pair
-
 // out = round(base + scale * z) of kStep columns; row(k) are the numbers of V's row k.
 template <DType dtype, class Row>
 DLZO_INLINE void add_step(char* out, const char* base, const Factors& factors, float scale,

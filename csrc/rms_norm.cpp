@@ -7,8 +7,6 @@
 
 namespace dlzo::DLZO_ISA {
 
-constexpr int kStep = 2 * kLanes;  // values of a pair
-
 // Calls body on each kWidth values; of the last ones, those beyond size are zero.
 template <DType dtype, class Body>
 DLZO_INLINE void for_each_block(const char* x, int64_t size, Body body) {

@@ -9,6 +9,7 @@ namespace dlzo::DLZO_ISA {
 struct Pair {
   F32 v[2];
 };
+constexpr int kStep = 2 * kLanes;  // values of a pair
 
 // The bits of value rounded to nearest even at bit 16, in the high half of each lane; the low half
 // holds rubbish. A NaN stays a NaN, made quiet.
@@ -137,7 +138,6 @@ DLZO_INLINE auto with_dtype(DType dtype, Body body) {
 // `count` values at x as float32; nothing beyond them is read or written.
 template <DType dtype>
 DLZO_INLINE void widen(const char* x, int64_t count, float* out) {
-  constexpr int kStep = 2 * kLanes;
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
     const Pair pair = load_pair<dtype>(x + i * size_of(dtype));
@@ -157,7 +157,6 @@ DLZO_INLINE void widen(const char* x, int64_t count, float* out) {
 // `count` floats, times a factor, rounded into the storage type; nothing beyond them is touched.
 template <DType dtype>
 DLZO_INLINE void narrow(char* out, const char* floats, int64_t count, float factor) {
-  constexpr int kStep = 2 * kLanes;
   const auto scaled = [factor](const char* from) {
     const Pair pair = load_pair<DType::kFloat32>(from);
     return Pair{{pair.v[0] * factor, pair.v[1] * factor}};

@@ -167,7 +167,6 @@ static void narrow(char* out, DType dtype, const float* x, int64_t count, float 
 // A key's channels, or pairs of them, as a column of its panel.
 template <bool pairs>
 static void pack_key(float* column, const char* key, DType dtype, int64_t size) {
-  constexpr int64_t kStep = 2 * kLanes;
   if constexpr (pairs) {
     for (int64_t i = 0; i < size; i += 2) {
       uint32_t pair = 0;
