@@ -226,6 +226,23 @@ def bench_opening(results: Results) -> None:
         results.add(f"opening a step {name}", 1, LAYER, times["open"])
 
 
+def bench_step(results: Results) -> None:
+    """All that a step does beside its losses: comparing, perturbing twice, restoring, updating."""
+    w = torch.randn(LAYER).bfloat16()
+
+    def step() -> None:
+        opened = dk.zo_step(w, 1, 1e-3, 1e-6)
+        for state in (opened.plus, opened.minus):
+            with state():
+                pass
+        opened.update(1.0, 0.5)
+
+    for count in (1, 2):
+        with threads(count):
+            times = interleaved({"step": step})
+        results.add("a step but its losses bfloat16", count, LAYER, times["step"])
+
+
 def bench_isas(results: Results) -> None:
     """The other kernels under each ISA that this machine runs, one thread, against the baseline."""
     w, x = torch.randn(LAYER).bfloat16(), torch.randn(1024, 576).bfloat16()
@@ -423,6 +440,7 @@ def main() -> None:
         bench_perturb(results)
         bench_low_rank(results)
         bench_opening(results)
+        bench_step(results)
         bench_isas(by_isa)
         bench_threads(results)
         bench_accumulate(results)
@@ -433,7 +451,8 @@ def main() -> None:
         bench_stats(results, limits)
         bench_pools(results, limits)
     command = f"python benchmarks/kernels.py --out {out}"
-    machine = f"{processor()}, {torch.get_num_threads()} cores, torch {torch.__version__}"
+    cores, isa_name = torch.get_num_threads(), _C.selected_isa()
+    machine = f"{processor()}, {isa_name}, {cores} cores, torch {torch.__version__}"
     note = f"{date.today()}; {machine}; {command}"
     results.write(out, note)
     by_isa.write(out.with_name(f"{out.stem}_by_isa.csv"), note)

@@ -47,12 +47,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUNS, CURVES = RESULTS / "quality_runs.csv", RESULTS / "quality_curves.csv"
 SEARCHES, RATES = RESULTS / "quality_searches.csv", RESULTS / "quality_rates.csv"
 SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
+EQUAL_TIME = RESULTS / "quality_equal_time.csv"
 SWEEP_FIGURE, METHODS_FIGURE = ROOT / "docs" / "sweep.png", ROOT / "docs" / "methods.png"
 SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
 ALL = (*SHORT, *LONG)
-# Whose runs had one machine, and no other programs beside them: only their steps' times are shown.
+# Whose runs had one machine, with one more of them beside each at most: only their steps' times are
+# shown.
 TIMED = ("sst2", "copa", "wsc", "cb", "squad")
-UNTIMED = ("dominant channels",)  # on any task
+UNTIMED = (  # on any task
+    *("dominant channels", "dominant cosine", "dominant 4 directions"),
+    "dominant 4 directions by spread",
+)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
 SWEEP_STEPS = dict.fromkeys(SHORT, 200) | dict.fromkeys(LONG, 100)
 SWEEP_LRS, SWEEP_SEEDS = (3e-4, 1e-3, 3e-3), (0, 1)
@@ -90,6 +95,7 @@ class Method:
     lrs: tuple[float, ...]
 
 
+FOUR_DIRECTIONS = {"layer": LAYER, "eps": EPS, "directions": 4, "steps": 75, "eval_every": 25}
 CANDIDATES = {
     "dominant": Method({"layer": LAYER, "eps": EPS}, (1e-4, 3e-4, 1e-3)),
     "dominant mlp": Method({"layer": LAYER, "eps": EPS, "part": "mlp"}, (3e-4, 1e-3, 3e-3)),
@@ -102,6 +108,14 @@ CANDIDATES = {
     # 12,672 parameters: a move as long as that of the layer takes a larger eps.
     "dominant channels": Method(
         {"layer": LAYER, "eps": 1e-1, "channels": "outlier"}, (3e-2, 1e-1, 3e-1)
+    ),
+    "dominant cosine": Method(
+        {"layer": LAYER, "eps": EPS, "lr_decay": "cosine"}, (3e-4, 1e-3, 3e-3)
+    ),
+    # With as many forwards as the 300 steps of SST-2.
+    "dominant 4 directions": Method(FOUR_DIRECTIONS, (3e-4, 1e-3, 3e-3)),
+    "dominant 4 directions by spread": Method(
+        FOUR_DIRECTIONS | {"lr_per_spread": True}, (3e-5, 1e-4, 3e-4)
     ),
 }
 
@@ -356,6 +370,41 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
     }
 
 
+def averages(table: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The mean over all nine tasks, of accuracies and F1, of each method that was run on all."""
+    for method in ("zero-shot", *CANDIDATES):
+        rows = [row for row in table if row["method"] == method]
+        if len(rows) == len(ALL):
+            value = mean(float(row["mean"]) for row in rows)
+            found = {"task": "mean of nine", "method": method, "mean": f"{value:.4f}"}
+            yield dict.fromkeys(rows[0], "") | found
+
+
+def in_equal_time(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Validation in the time that one dominant layer's steps take: the last one by then."""
+    curves, found = read_rows(CURVES), []
+    for task in TIMED:
+        rows = [row for row in table if row["task"] == task and row["step_ms"] != ""]
+        dominant = next((row for row in rows if row["method"] == "dominant"), None)
+        for row in rows if dominant else ():
+            seconds = int(dominant["steps"]) * dominant["step_ms"] / 1e3
+            losses = mean_curve(curves, row, "loss")
+            step = max(step for step in losses if step * row["step_ms"] / 1e3 <= seconds)
+            accuracy = mean_curve(curves, row, "accuracy").get(step)
+            found.append(
+                {
+                    "task": task,
+                    "method": row["method"],
+                    "seconds": round(seconds),
+                    "steps_done": int(1e3 * seconds / row["step_ms"]),
+                    "validated_at": step,
+                    "loss": f"{losses[step]:.4f}",
+                    "accuracy": "" if accuracy is None else f"{accuracy:.4f}",
+                }
+            )
+    return found
+
+
 def draw_methods(table: Sequence[dict[str, Any]]) -> None:
     """Validation, the mean over seeds, against the time that the steps took, or their number."""
     tuned, curves = [row for row in table if row["lr"]], read_rows(CURVES)
@@ -440,11 +489,13 @@ def main() -> None:
     table = [row for task in ALL for row in study(finished, task)]
     if not table:
         raise SystemExit(f"{RUNS} has no such runs: give --data")
-    write_rows(path, table)
     if study is sweep:
         draw_sweep(table)
     elif study is methods:
         draw_methods(table)
+        write_rows(EQUAL_TIME, in_equal_time(table))
+        table += averages(table)
+    write_rows(path, table)
     for row in table:
         print(*row.values(), sep="\t")
 

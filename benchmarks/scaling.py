@@ -4,8 +4,10 @@
 
 Random token ids, 16 sequences of one length, one option token each, so that nothing but the shape
 matters; SmolLM2-135M-Instruct (de-quantised Q4_1) in bfloat16, and random Llamas of other sizes.
-Variants run in turn, medians are kept; nothing else may be running. Lands in results/scaling.csv
-and docs/scaling.png.
+Variants run in turn, medians are kept; nothing else may be running. The peak memory is that of a
+process of its own, once its model is loaded: of steps, and of whole runs on the demo's sentences,
+evaluation and all, against two inferences of their first batch. Lands in results/scaling.csv and
+docs/scaling.png.
 """
 
 from __future__ import annotations
@@ -18,16 +20,28 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from matplotlib.figure import Figure
+from mezo import encode_batch, inference
 from speed import our_step
 from tables import read_rows, write_rows
 from timing import Run, interleaved
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from dlzo.config import TrainConfig
+from dlzo.demo import demo_data
 from dlzo.models import decoder_layers, load_model
+from dlzo.sampler import batch_of
 from dlzo.scoring import EncodedExample, Option, PrefixCache, Scorer
+from dlzo.tasks import get_task, load_split
+from dlzo.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
@@ -64,7 +78,7 @@ def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample])
     def ours(cache: PrefixCache | None) -> Run:
         scorer = Scorer(model, None, tuned, cache=cache)
         scorer.cache_prefixes(examples)
-        return lambda: our_step(scorer, examples, seed=0, eps=1e-3, lr=0.0)
+        return lambda: our_step(scorer, examples, seed=0, eps=1e-3, lr=1e-6)
 
     return {
         "two_inferences": two_inferences,
@@ -110,33 +124,55 @@ def measure() -> Iterator[tuple[object, ...]]:
         layer = len(decoder_layers(random)) * 11 // 30
         found = milliseconds(variants(random, layer, batch(32, vocabulary)))
         yield "size", size, *found.values(), "ms"
-    memory = [peak_memory(name) for name in ("two_inferences", "ours_cold", "ours_cached")]
-    yield "peak memory", "135M", *memory, "MB"
+    for work in WORKS:
+        memory = [peak_memory(work, name) for name in FIELDS[2:5]]
+        yield "peak memory", work, *memory, "MB"
 
 
-def peak_memory(variant: str) -> int:
+def peak_memory(work: str, variant: str) -> int:
     """Of a process of its own once its model is loaded, in 10^6 bytes."""
-    command = [sys.executable, __file__, "--memory-of", variant]
+    command = [sys.executable, __file__, "--memory-of", work, variant]
     found = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     return int(found.stdout.split()[-1])
 
 
-def use_memory(variant: str) -> None:
-    model, _ = load_model("smollm2")
-    examples = batch(64, model.config.vocab_size)
+def use_memory(work: str, variant: str) -> None:
+    model, tokenizer = load_model("smollm2")
     # To load takes more than to run: from here on the peak counts (Linux).
     Path("/proc/self/clear_refs").write_text("5")
-    step = variants(model, 11, examples)[variant]
-    for _ in range(3):
-        step()
+    WORKS[work](model, tokenizer, variant)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
     print(int(peak) * 1024 // 10**6)
 
 
+def take_steps(model: PreTrainedModel, _: PreTrainedTokenizerBase, variant: str) -> None:
+    step = variants(model, 11, batch(64, model.config.vocab_size))[variant]
+    for _ in range(3):
+        step()
+
+
+def run_on_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variant: str) -> None:
+    task = get_task("sst2")
+    with demo_data() as data, TemporaryDirectory() as folder:
+        if variant == "two_inferences":
+            rows = batch_of(load_split(task, data, "train"), 0, 1, BATCH_SIZE)
+            padded = encode_batch(model, tokenizer, rows, task.loss)
+            for _ in range(2):
+                inference(model, padded)
+            return
+        cache = 0 if variant == "ours_cold" else 1000
+        config = TrainConfig("sst2", layer=11, steps=20, eval_every=10, prefix_cache_mb=cache)
+        train(model, tokenizer, config, data, Path(folder) / "out")
+
+
+WORKS = {"steps of 16 x 64 tokens": take_steps, "training on the demo": run_on_demo}
+
+
 def draw(rows: list[dict[str, str]]) -> None:
     figures = ("tokens", "layer", "size", "threads")
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(figures)), figures, strict=True):
+    figure = Figure(figsize=(15, 3.2), layout="constrained")
+    *panels, last = figure.subplots(1, len(figures) + 1)
+    for axes, name in zip(panels, figures, strict=True):
         chosen = [row for row in rows if row["figure"] == name]
         for variant in FIELDS[2:5]:
             values = [float(row[variant]) for row in chosen]
@@ -145,15 +181,21 @@ def draw(rows: list[dict[str, str]]) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ms")
     figure.axes[0].legend(["two inferences", "our step", "our step, cached"], frameon=False)
+    memory = [row for row in rows if row["figure"] == "peak memory"]
+    for i, variant in enumerate(FIELDS[2:5]):
+        places = [place + 0.28 * (i - 1) for place in range(len(memory))]
+        last.bar(places, [float(row[variant]) for row in memory], 0.26)
+    last.set_xticks(range(len(memory)), [row["x"] for row in memory], fontsize=8)
+    last.set(xlabel="peak memory", ylabel="MB")
     figure.savefig(FIGURE, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        use_memory(arguments.memory_of)
+        use_memory(*arguments.memory_of)
         return
     write_rows(RESULTS, [dict(zip(FIELDS, row, strict=True)) for row in measure()])
     draw(read_rows(RESULTS))

@@ -1,7 +1,5 @@
-// accumulate: master += scale_k * z_k for k = 0, 1, ... in order, each as perturb in place would,
-// and out = round(master) at the end. The loop over the directions runs inside a chunk that stays
-// in the L1 cache (kChunk in cpu.cpp), so the weights pass through memory once.
-// Bytes moved per element: the master's size twice, and the size of out.
+// What accumulate does beside perturbing a chunk of the master again and again (cpu.cpp): rounding
+// it into the live weights; and whether these are what that would give.
 #include "kernels.h"
 
 namespace dlzo::DLZO_ISA {

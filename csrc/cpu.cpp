@@ -61,15 +61,16 @@ void copy_part(const Part& part, char* packed, int64_t count, bool pack) {
 enum class Base { kNone, kRead, kWritten };
 
 // Walks all elements in contiguous runs of at most kChunk: body(out, base, count, index). A part
-// whose elements do not lie side by side is packed into a buffer, and put back where it is written.
+// whose elements do not lie side by side is packed into a buffer where it is read (out only without
+// a base), and put back where it is written. `normals`: how many an element takes.
 template <class Body>
 void for_each_run(const View& out, const View& base, Base use, Numbering numbering, int threads,
-                  Body body) {
+                  Body body, int64_t normals = 1) {
   std::vector<int64_t>& shape = numbering.shape;
   const int64_t total = product(shape);
   if (total == 0) return;
   View views[2] = {out, base};
-  const int used = use == Base::kNone ? 1 : 2, written = use == Base::kWritten ? 2 : 1;
+  const int read = use == Base::kNone ? 0 : 1, written = use == Base::kWritten ? 2 : 1;
   if (is_contiguous(views[0], shape) && is_contiguous(views[1], shape) &&
       (numbering.row_stride == shape.back() || total == shape.back())) {
     shape = {total};
@@ -80,7 +81,8 @@ void for_each_run(const View& out, const View& base, Base use, Numbering numberi
   const int64_t chunks_per_row = (columns + kChunk - 1) / kChunk;
   const int64_t chunks = total / columns * chunks_per_row;
   const int64_t chunk_size = std::min(columns, kChunk);
-  const int64_t grain = (kMinNoise + chunk_size - 1) / chunk_size;
+  const int64_t work = chunk_size * std::max<int64_t>(normals, 1);
+  const int64_t grain = (kMinNoise + work - 1) / work;
   parallel_for(chunks, grain, threads, [&](int64_t begin, int64_t end) {
     alignas(64) char buffers[2][kChunk * 4];
     for (int64_t chunk = begin; chunk < end; chunk++) {
@@ -91,7 +93,7 @@ void for_each_run(const View& out, const View& base, Base use, Numbering numberi
       for (int i = 0; i < 2; i++) {
         parts[i] = part_of(views[i], shape, row, column);
         data[i] = parts[i].stride == 1 || count == 1 ? parts[i].data : buffers[i];
-        if (data[i] == buffers[i] && i < used) copy_part(parts[i], data[i], count, true);
+        if (data[i] == buffers[i] && i == read) copy_part(parts[i], data[i], count, true);
       }
       const uint64_t first =
           static_cast<uint64_t>(row) * static_cast<uint64_t>(numbering.row_stride);
@@ -103,15 +105,29 @@ void for_each_run(const View& out, const View& base, Base use, Numbering numberi
   });
 }
 
+// Of segment i of `count` values; `known` as in Kernels.
+Moments segment_moments(const char* x, DType dtype, int64_t count, int64_t i, int32_t* known) {
+  const int64_t first = i * kSegment;
+  return kernels().moments(x + first * size_of(dtype), dtype, std::min(count - first, kSegment),
+                           known);
+}
+
+// In a thread of many: it allocates nothing, as running out of memory could not be told there.
+Moments row_moments(const char* x, DType dtype, int64_t count) {
+  Moments result = {};
+  int32_t known = -1;
+  for (int64_t i = 0; i * kSegment < count; i++)
+    result = combine(result, segment_moments(x, dtype, count, i, &known), i * kSegment);
+  return result;
+}
+
 Moments tensor_moments(const char* x, DType dtype, int64_t count, int threads) {
   const int64_t segments = (count + kSegment - 1) / kSegment;
   std::vector<Moments> parts(static_cast<size_t>(segments));
-  const Kernels& isa = kernels();
   parallel_for(segments, kMinStats / kSegment, threads, [&](int64_t begin, int64_t end) {
     int32_t known = -1;
     for (int64_t i = begin; i < end; i++)
-      parts[static_cast<size_t>(i)] = isa.moments(x + i * kSegment * size_of(dtype), dtype,
-                                                  std::min(count - i * kSegment, kSegment), &known);
+      parts[static_cast<size_t>(i)] = segment_moments(x, dtype, count, i, &known);
   });
   Moments result = {};
   for (int64_t i = 0; i < segments; i++)
@@ -222,10 +238,14 @@ void perturb(const View& out, const View& base, const Numbering& numbering, Dire
                });
 }
 
+// master += scale_k * z_k for k = 0, 1, ... in order, each as perturb in place would, and out =
+// round(master) at the end. The loop over the directions runs inside a chunk that stays in the L1
+// cache, so the weights pass through memory once.
 void accumulate(const View& out, const View& base, const Numbering& numbering,
                 const std::vector<Direction>& directions, const std::vector<float>& scales,
                 int threads) {
   const Kernels& isa = kernels();
+  const int64_t normals = static_cast<int64_t>(directions.size());
   const auto add_all = [&](char* master, int64_t count, uint64_t index) {
     for (size_t k = 0; k < directions.size(); k++)
       isa.perturb(master, base.dtype, master, base.dtype, count, index, directions[k], scales[k]);
@@ -233,12 +253,15 @@ void accumulate(const View& out, const View& base, const Numbering& numbering,
   if (!out.data)
     return for_each_run(
         base, base, Base::kNone, numbering, threads,
-        [&](char* master, char*, int64_t count, uint64_t index) { add_all(master, count, index); });
-  for_each_run(out, base, Base::kWritten, numbering, threads,
-               [&](char* live, char* master, int64_t count, uint64_t index) {
-                 add_all(master, count, index);
-                 isa.round_into(live, out.dtype, master, count);
-               });
+        [&](char* master, char*, int64_t count, uint64_t index) { add_all(master, count, index); },
+        normals);
+  for_each_run(
+      out, base, Base::kWritten, numbering, threads,
+      [&](char* live, char* master, int64_t count, uint64_t index) {
+        add_all(master, count, index);
+        isa.round_into(live, out.dtype, master, count);
+      },
+      normals);
 }
 
 bool is_rounded(const char* out, DType out_dtype, const char* master, int64_t count, int threads) {
@@ -278,7 +301,7 @@ void activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels
     return parallel_for(
         rows, (kMinStats + channels - 1) / channels, threads, [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; r++)
-            write(out, r, tensor_moments(x + r * channels * size_of(dtype), dtype, channels, 1));
+            write(out, r, row_moments(x + r * channels * size_of(dtype), dtype, channels));
         });
   const int64_t tiles = (channels + kWidth - 1) / kWidth;
   const int64_t grain = (kMinStats + rows * kWidth - 1) / (rows * kWidth);

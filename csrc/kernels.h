@@ -32,7 +32,7 @@ struct Vectors {
   const char* first;
   int64_t step, count;
   DType dtype;
-  const char* at(int64_t i) const { return first + i * step; }
+  __attribute__((always_inline)) const char* at(int64_t i) const { return first + i * step; }
 };
 
 // What a run of queries attends to. Packed keys lie in panels: of each kPanel slots the first
@@ -79,7 +79,6 @@ struct Kernels {
                    float eps);
 };
 
-#ifdef DLZO_ISA
 namespace DLZO_ISA {
 void gaussian(char*, DType, int64_t, uint64_t, Direction);
 void perturb(char*, DType, const char*, DType, int64_t, uint64_t, Direction, float);
@@ -94,6 +93,5 @@ void attend(const Attention&, const Row*, int, float*);
 void rms_norm(char*, const char*, const char*, DType, int64_t, float);
 extern const Kernels table;  // of all of these
 }  // namespace DLZO_ISA
-#endif
 
 }  // namespace dlzo

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlzo_kernels.masters import Tuned, adopted, move_masters
+from dlzo_kernels.masters import Tuned, adopted, forget, move_masters
 from dlzo_kernels.ops._common import check_range
 from dlzo_kernels.ops.accumulate import check_directions
 from dlzo_kernels.ops.add_low_rank import add_low_rank
@@ -38,7 +38,7 @@ class _Factors(NamedTuple):
 
     def add(self, out: Tensor, t: Tuned, query: int, scale: float) -> None:
         """out = round(master + scale * z) of a matrix."""
-        (m, n), device, stream = t.live.shape, t.live.device, t.numbering["stream"]
+        (m, n), device, stream = out.shape, out.device, t.operand.stream
         u = gaussian((m, self.rank), self.seed, stream=stream, query=query, device=device)
         v_query = V_QUERY + query
         v = gaussian((n, self.rank), self.v_seed, stream=stream, query=v_query, device=device)
@@ -82,7 +82,7 @@ class LowRankStep(ZOStep):
 
     def _perturb(self, scale: float, direction: int) -> None:
         for t in self._matrices:
-            self._factors.add(t.live.detach(), t, direction, scale)
+            self._factors.add(t.operand.out, t, direction, scale)
         if self._others:
             perturb_layer([t.operand for t in self._others], self._seed, scale, direction)
 
@@ -137,7 +137,7 @@ def _split(tuned: Sequence[Tuned]) -> tuple[list[Tuned], list[Tuned]]:
     matrices = [t for t in tuned if t.live.dim() == 2]
     for t in matrices:
         # Only a DTensor has one of its own.
-        if t.numbering["row_stride"] is not None:
+        if t.operand.row_stride is not None:
             raise ValueError(f"{t.name} is a DTensor; low-rank directions need plain matrices")
     return matrices, [t for t in tuned if t.live.dim() != 2]
 
@@ -150,13 +150,17 @@ def _move(
     scales: Sequence[float],
     keep: float,
 ) -> None:
+    try:
+        for t in matrices:
+            if keep != 1:
+                t.entry.master.mul_(keep)
+            for query, scale in enumerate(scales):
+                factors.add(t.entry.master, t, query, scale / factors.rank)
+            t.entry.moves += 1
+    except BaseException:
+        forget(matrices)  # half of them have moved, none of the weights
+        raise
+    move_masters(matrices, [], [], [])
     if others:
         queries = range(len(scales))
         move_masters(others, [factors.seed] * len(scales), scales, queries, keep=keep)
-    for t in matrices:
-        if keep != 1:
-            t.entry.master.mul_(keep)
-        for query, scale in enumerate(scales):
-            factors.add(t.entry.master, t, query, scale / factors.rank)
-        t.entry.moves += 1
-    move_masters(matrices, [], [], [])

@@ -69,14 +69,14 @@ class Tuned:
     name: str
     given: Tensor  # whose writes autograd counts: a DTensor, or the live weights themselves
     live: Tensor
-    numbering: Numbering
+    operand: Operand  # as the kernels take it, in the memory that it has now
     entry: _Entry
     moves: int  # of the master so far
 
     @property
-    def operand(self) -> Operand:
-        """It as the kernels take it."""
-        return Operand(self.live.detach(), self.entry.master, **self.numbering)
+    def is_elsewhere(self) -> bool:
+        """Whether it has got other memory since, by `w.data = ...`."""
+        return self.live.data_ptr() != self.operand.out.data_ptr()
 
 
 class _Key(NamedTuple):
@@ -131,6 +131,14 @@ def move_masters(
         t.entry.release(t.given)
 
 
+def forget(tuned: Sequence[Tuned]) -> None:
+    """Drops masters that do not speak for their weights any more."""
+    dropped = {id(t.entry) for t in tuned}
+    for key, entry in _entries.copy().items():
+        if id(entry) in dropped:
+            _entries.pop(key, None)
+
+
 @contextmanager
 def own_writes(tuned: Sequence[Tuned]) -> Iterator[None]:
     """Views of one memory have one count of writes: these writes are none to others' masters."""
@@ -157,7 +165,8 @@ def perturbed_error(name: str) -> RuntimeError:
 
 def _tuned(name: str, given: Tensor, live: Tensor, numbering: Numbering) -> Tuned:
     entry = _adopt(name, given, live)
-    return Tuned(name, given, live, numbering, entry, entry.moves)
+    operand = Operand(live.detach(), entry.master, **numbering)
+    return Tuned(name, given, live, operand, entry, entry.moves)
 
 
 def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:

@@ -45,8 +45,15 @@ class Held:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:  # unless user code has set its own
                 signal.signal(number, _still_open(number, handler))
-        for number in self._late:
-            signal.raise_signal(number)
+        self._raise_late()
+
+    def _raise_late(self) -> None:
+        """All of them, though each may raise."""
+        if self._late:
+            try:
+                signal.raise_signal(self._late.pop(0))
+            finally:
+                self._raise_late()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

@@ -65,7 +65,10 @@ class StepResult:
 
     @property
     def applied(self) -> bool:
-        """False where a number was not finite, or a loss above `max_loss`: nothing was moved."""
+        """False where a loss was not finite or above `max_loss`, or the move beyond the dtype.
+
+        Then nothing was moved.
+        """
         return bool(self._read[-1])
 
     @property
@@ -124,7 +127,8 @@ def zo_step(
     The weights always come from a float32 master that outlives the step: live = round(master ±
     eps z). So nothing drifts (lr = 0 leaves every bit), and bfloat16 does not stall on updates
     below half an ulp. The master is derived anew whenever somebody else has written the weights.
-    With `closure` the layer is passed over three times: plus, minus, update.
+    A pass compares the weights with their master; with `closure` and one direction three more
+    write them: plus, minus, update.
 
     Whatever ends an evaluation early (an exception, Ctrl-C, a loss that is not finite) leaves the
     weights exactly as they were. No global random state is touched.
@@ -156,7 +160,9 @@ def zo_step(
         ValueError: a number is out of range, or a parameter cannot be tuned; it is named.
         TypeError: the layer is none of the three, or a parameter has a dtype of another kind.
         NotImplementedError: there is no kernel for the device of a parameter.
-        RuntimeError: another step has the layer perturbed.
+        RuntimeError: another step has the layer perturbed; or `closure` gave a parameter other
+            memory.
+        With `closure` also: TypeError where its loss is no number, ValueError where it is several.
     """
     step = ZOStep(layer, seed, eps, lr, directions, weight_decay)
     return step if closure is None else step._run(closure)
@@ -287,14 +293,13 @@ class ZOStep:
         self._refuse_if_elsewhere()
 
     def _refuse_if_elsewhere(self) -> None:
-        """By `w.data = ...` a tensor gets other memory."""
-        for t, operand in zip(self._tuned, self._operands, strict=True):
-            if t.live.data_ptr() != operand.out.data_ptr():
+        for t in self._tuned:
+            if t.is_elsewhere:
                 raise written_error(t.name)
 
     def _write(self, scale: float, direction: int) -> None:
         for t in self._tuned:
-            t.entry.perturbed = t.live
+            t.entry.perturbed = t.operand.out
         with own_writes(self._tuned):
             self._perturb(scale, direction)
 
@@ -303,6 +308,10 @@ class ZOStep:
 
     def _restore(self) -> None:
         move_masters(self._tuned, [], [], [])
+        # What an evaluation gave it in place of its memory was made of perturbed weights.
+        for t in self._tuned:
+            if t.is_elsewhere and t.live.shape == t.operand.out.shape:
+                t.live.detach().copy_(t.operand.out)
 
     def _finish(
         self, plus: list[Loss], minus: list[Loss], max_loss: float = math.inf

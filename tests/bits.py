@@ -8,6 +8,11 @@ from torch import Tensor
 
 from dlzo_kernels import reference
 
+# Of perturbed weights and those that they come from, or their master.
+PAIRS = [
+    *((dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *((dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)),
+]
 VIEWS = {
     "transposed": lambda w: w.t(),
     "columns": lambda w: w[:, 3:40],
@@ -28,6 +33,10 @@ def low_rank(u: Tensor, v: Tensor) -> np.ndarray:
     for column, row in zip(columns[1:], rows[1:], strict=True):
         z = z + np.outer(column, row)
     return z
+
+
+def copies(layer: torch.nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in layer.parameters()]
 
 
 def weights(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -106,7 +106,9 @@ def garbled(data: bytes, draw: Random) -> bytes:
             case 3:
                 result[b:b] = result[a:b]
             case 4:
-                result[a:a] = draw.choice((b"[" * 3000, b"-1", b"1e999", b"null", b'"', b"NaN"))
+                result[a:a] = draw.choice(
+                    (b"[" * 3000, b"-1", b"1e999", b"9" * 400, b"null", b'"', b"NaN")
+                )
             case _:
                 result[a:b] = draw.randbytes(b - a)
     return bytes(result)

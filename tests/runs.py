@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from dlzo.adapter import load_adapter
@@ -123,3 +124,9 @@ def with_header(journal, path, **changes):
         for record in reader:
             writer.append(record)
     return path
+
+
+def rewrite_config(folder, text):
+    """Gives a finished run's adapter another description, or none."""
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, None if text is None else {"dlzo-layer": text})

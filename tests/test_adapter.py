@@ -13,7 +13,7 @@ from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.target import Target, weights_fingerprint
 from dlzo.trainer import train
-from runs import CONFIG, TOKENIZER, same, state, write_data
+from runs import CONFIG, TOKENIZER, rewrite_config, same, state, write_data
 from tiny import tiny_model
 
 LAYER = 2
@@ -34,11 +34,6 @@ def adapter(request, tmp_path):
 
 def base(adapter):
     return tiny_model(dtype=adapter[1]["model.norm.weight"].dtype)
-
-
-def rewrite_config(folder, text):
-    path = folder / "adapter_model.safetensors"
-    save_file(load_file(path), path, None if text is None else {"dlzo-layer": text})
 
 
 def change_config(folder, **changes):

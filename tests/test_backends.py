@@ -57,12 +57,21 @@ def test_the_environment_forces_an_isa(tmp_path):
     assert done.stdout.splitlines()[1] == str(dlzo_kernels.gaussian((3,), 1).tolist())
 
 
-def test_an_isa_that_cannot_run_is_refused(tmp_path):
+def test_an_unknown_isa_is_refused(tmp_path):
     done = import_with("avx1024", tmp_path)
     assert done.returncode != 0
     assert "DLZO_ISA: unknown ISA 'avx1024'; this machine runs: " in done.stderr
     with pytest.raises(ValueError, match="unknown ISA"):
         _C.select_isa("sse9")
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in _C.isas()])
+def test_an_isa_that_cannot_run_is_refused(name):
+    _, _, runs, why = next(isa for isa in _C.isas() if isa[0] == name)
+    if runs:
+        pytest.skip(f"{name} runs here")
+    with pytest.raises(ValueError, match=f"the ISA '{name}' cannot run here: {why}"):
+        _C.select_isa(name)
 
 
 def test_torchs_own_openmp_pool_is_used():

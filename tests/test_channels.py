@@ -20,9 +20,17 @@ from dlzo.models import decoder_layers
 from dlzo.replay import replay
 from dlzo.target import Target
 from dlzo.trainer import resume, train
-from runs import CONFIG, TOKENIZER, assert_rebuilt, result, same, state, stopping_at
-from test_adapter import rewrite_config
-from test_replay import with_header
+from runs import (
+    CONFIG,
+    TOKENIZER,
+    assert_rebuilt,
+    result,
+    rewrite_config,
+    same,
+    state,
+    stopping_at,
+    with_header,
+)
 from tiny import tiny_model
 
 # Of 32 channels.

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from dlzo import cli
 from dlzo.config import TrainConfig
+from dlzo.demo import demo_data
 from dlzo.models import load_model
 from dlzo.trainer import train
 from dlzo_kernels import __version__
@@ -38,23 +39,6 @@ def data(tmp_path_factory) -> str:
         rows = [{"sentence": "ab"[i % 2] * (3 + i % 5), "label": i % 2} for i in range(24)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return str(folder)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dlzo", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_info.value.code or 0, out, err
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 def train_arguments(model: str, data: str, out: Path, *more: object) -> list[object]:
@@ -224,6 +208,10 @@ BAD = {
     "negative layer": ("--layer -1", "layer is '-1'"),
     "rank": ("--rank 4", "rank is given without --method lozo or lora"),
     "interval": ("--method lora --interval 4", "interval is given without --method lozo"),
+    "cache of nothing": (
+        "--layer auto --method mezo --prefix-cache-mb 9",
+        "prefix_cache_mb is given without a layer to tune",
+    ),
     "top alone": ("--top 0.1", "top is given without --channels outlier"),
     "directions": ("--directions 65536", "directions is 65536"),
     "eps": ("--eps 0", "eps is 0.0"),
@@ -271,9 +259,12 @@ def test_a_replay_and_a_finished_run_are_known_before_a_model_is_fetched(
 ):
     monkeypatch.delattr(cli, "load_model")
     journal = finished / "journal.zo"
-    for more in (["--out", tmp_path, "--until", 5], ["--out", finished]):
+    for more, says in (
+        (["--out", tmp_path, "--until", 5], "step 5 is not in"),
+        (["--out", finished], "holds an adapter"),
+    ):
         code, _, err = run("replay", "m", journal, *more)
-        assert code == 2 and ("step 5 is not in" in err or "holds an adapter" in err)
+        assert code == 2 and says in err
     code, text, _ = run("train", "--resume", finished)
     assert code == 0 and "is finished" in text and "untuned" in text
 
@@ -321,6 +312,31 @@ def test_an_existing_result_is_kept_unless_it_may_be_replaced(
     assert (out / "metrics.json").read_bytes() == before
     assert run(*train_arguments(model, data, out, "--overwrite", "--seed", "1"))[0] == 0
     assert json.loads((out / "metrics.json").read_text())["seed"] == 1
+
+
+def test_the_demo_tunes_the_layer_that_it_finds_and_shows_the_difference(
+    run, tmp_path, monkeypatch
+):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[5, 7] = 1e4
+    tokenizer = byte_tokenizer(" terrible", " great")
+    monkeypatch.setattr(cli, "load_model", lambda *_, **__: (model, tokenizer))
+    code, text, _ = run("demo", "--out", tmp_path / "out", "--steps", 2)
+    assert code == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["layers"], metrics["steps"], metrics["eps"]) == ([2], 2, 1e-2)
+    with demo_data() as folder:
+        rows = [json.loads(line) for line in (folder / "test.jsonl").open()]
+    for row in rows[:10]:
+        assert row["sentence"][:12] in text  # a long one goes on in the next line
+    assert f"{metrics['test']['accuracy']:.3f}" in text
+
+
+def test_the_demo_is_checked_before_a_model_is_fetched(run, tmp_path, monkeypatch):
+    monkeypatch.delattr(cli, "load_model")
+    code, _, err = run("demo", "--out", tmp_path / "out", "--steps", 0)
+    assert code == 2 and "steps is 0" in err
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +441,7 @@ def test_interrupted_before_it_began_a_run_does_not_name_the_one_before(
 
     monkeypatch.setattr("dlzo.trainer.Scorer.evaluate", ctrl_c)
     code, text, _ = run(*train_arguments(model, data, out, "--overwrite"))
-    assert code != 0 and "--resume" not in text
+    assert code not in (0, 2) and "--resume" not in text
     assert (out / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
 
 
@@ -435,6 +451,7 @@ def test_interrupted_before_it_began_a_run_does_not_name_the_one_before(
         (("--plot", "x.jpg"), "has the suffix '.jpg'"),
         (("--plot", "nowhere/x.png"), "is in no folder that exists"),
         (("--json", "."), "is a folder"),
+        (("--json", "/dev/null"), "is no ordinary file"),
     ],
 )
 def test_where_a_result_goes_is_checked_before_any_work(run, tmp_path, options, says):
@@ -573,14 +590,13 @@ def test_running_out_of_memory_is_one_sentence(run, model, monkeypatch):
     assert "out of memory" in err
 
 
-def test_other_errors_keep_their_traceback(model, monkeypatch):
+def test_other_errors_keep_their_traceback(run, model, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(cli, "probe", fail)
-    monkeypatch.setattr(sys, "argv", ["dlzo", "probe", model])
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main()
+        run("probe", model)
 
 
 @pytest.mark.parametrize("module", ["dlzo", "dlzo_kernels"])
@@ -590,28 +606,30 @@ def test_modules_run_as_programs(module, tmp_path):
     assert ("probe" if module == "dlzo" else "cpu/baseline") in done.stdout
 
 
-def config_of(monkeypatch, *options):
-    class Enough(Exception):
-        pass
-
-    def caught(*arguments, **_):
-        seen.append(arguments[2])
-        raise Enough
-
-    seen = []
-    monkeypatch.setattr(cli, "train", caught)
-    monkeypatch.setattr(cli, "load_model", lambda *_, **__: (None, None))
-    monkeypatch.setattr(sys, "argv", ["dlzo", "train", "m", *options])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(Enough):
-            cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return seen[0]
+class EnoughError(Exception):
+    pass
 
 
-def test_every_option_of_train_is_one_of_the_run(tmp_path, monkeypatch):
+@pytest.fixture
+def passed_on(run, monkeypatch):
+    """What a command hands to the function of its name, behind model and tokenizer."""
+
+    def passed_on(command: str, *options: object) -> tuple[tuple, dict]:
+        def caught(_model, _tokenizer, *arguments, **more):
+            seen.append((arguments, more))
+            raise EnoughError
+
+        seen = []
+        monkeypatch.setattr(cli, command, caught)
+        monkeypatch.setattr(cli, "load_model", lambda *_, **__: (None, None))
+        with pytest.raises(EnoughError):
+            run(command, "m", *options)
+        return seen[0]
+
+    return passed_on
+
+
+def test_every_option_of_train_is_one_of_the_run(tmp_path, passed_on):
     common = ["--task", "rte", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     given = {
         **{"method": "lozo", "layer": (1, 3), "part": "mlp", "steps": 7, "batch_size": 3},
@@ -623,33 +641,18 @@ def test_every_option_of_train_is_one_of_the_run(tmp_path, monkeypatch):
     for name, value in given.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         options += [f"--{name.replace('_', '-')}", text]
-    assert config_of(monkeypatch, *common, *options) == TrainConfig("rte", **given)
+    assert passed_on("train", *common, *options)[0][0] == TrainConfig("rte", **given)
     options = ["--channels", "outlier", "--top", "0.1", "--lr-per-spread", "--lr", "auto"]
     given = {"channels": "outlier", "top": 0.1, "lr_per_spread": True, "lr": "auto"}
-    assert config_of(monkeypatch, *common, *options) == TrainConfig("rte", **given)
-    assert config_of(monkeypatch, *common) == TrainConfig("rte")
+    assert passed_on("train", *common, *options)[0][0] == TrainConfig("rte", **given)
+    assert passed_on("train", *common)[0][0] == TrainConfig("rte")
 
 
-def test_every_option_of_sensitivity_is_passed_on(tmp_path, monkeypatch):
-    class Enough(Exception):
-        pass
-
-    def caught(*arguments, **options):
-        seen.append((arguments[2:], options))
-        raise Enough
-
-    seen = []
-    monkeypatch.setattr(cli, "sensitivity", caught)
-    monkeypatch.setattr(cli, "load_model", lambda *_, **__: (None, None))
+def test_every_option_of_sensitivity_is_passed_on(tmp_path, passed_on):
     given = {"layers": "1,3", "seeds": 5, "batches": 6, "batch-size": 7, "eps": 0.25, "seed": 9}
     options = [f"--{name}={value}" for name, value in given.items()]
-    arguments = ["--task", "rte", "--data", str(tmp_path), *options]
-    monkeypatch.setattr(sys, "argv", ["dlzo", "sensitivity", "m", *arguments])
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Enough):
-        cli.main()
-    signal.signal(signal.SIGTERM, before)
-    ((arguments, options),) = seen
+    common = "--task", "rte", "--data", tmp_path
+    arguments, options = passed_on("sensitivity", *common, *options)
     del options["on_layer"]
     assert arguments == ("rte", tmp_path)
     assert options == {

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlzo import distributed
 from dlzo.journal import Reader
 from dlzo.models import decoder_layers
 from dlzo.records import Event
@@ -172,6 +173,14 @@ def test_when_a_rank_dies_the_others_stop_and_the_run_goes_on(tmp_path):
 def test_a_sharded_layer_moves_by_the_bits_of_the_whole_one(tmp_path, size):
     for code, error in start("sharded", tmp_path, size):
         assert code == 0, error
+
+
+@pytest.mark.parametrize("size", ["4", ""])
+def test_a_number_of_ranks_without_a_rank_starts_none(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    with distributed.joined():
+        assert (distributed.size(), distributed.rank()) == (1, 0)
 
 
 def test_torchrun_starts_the_command(tmp_path):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
 import dlzo
-from dlzo import cli
 from dlzo.tasks import Example, get_task, load_split
-from dlzo.tasks.hub import SOURCES
+from dlzo.tasks.hub import SOURCES, Source
 from rows import EXAMPLES
 from tiny import byte_tokenizer, tiny_model
 
@@ -37,14 +35,12 @@ def example(tmp_path, monkeypatch):
     byte_tokenizer().save_pretrained("tiny")
 
 
-def test_the_described_task_is_trained(example, monkeypatch):
+def test_the_described_task_is_trained(example, run):
     (command,) = blocks("command")
     small = "--layer 1 --steps 2 --batch-size 2 --eval-every 1"
     command = command.replace("smollm2", "tiny").replace("--layer 11", small)
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    assert not exit_info.value.code
+    program, *arguments = shlex.split(command)
+    assert program == "dlzo" and run(*arguments)[0] == 0
     metrics = json.loads((Path("out") / "metrics.json").read_text())
     assert metrics["task"] == "headlines" and 0 <= metrics["test"]["accuracy"] <= 1
     found = load_split(get_task("headlines.yaml"), "headlines", "test")
@@ -103,5 +99,11 @@ def test_the_table_of_prompts_is_that_of_the_tasks():
 
 
 def test_the_table_of_data_sets_is_that_of_the_code():
-    for source in SOURCES.values():
-        assert f"`{source.path}`" in TEXT and (source.config or "") in TEXT
+    found = {}
+    lines = re.findall(
+        r"^\| (`.*`) \| (`.*`)(?:, ([\w.]+))? \| ([\d,]+), (\d+), [\d,]+ \|$", TEXT, re.M
+    )
+    for tasks, paths, config, _, validation in lines:
+        for task, path in zip(tasks.split(", "), paths.split(", "), strict=True):
+            found[task.strip("`")] = Source(path.strip("`"), config or None, int(validation))
+    assert found == SOURCES

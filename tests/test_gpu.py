@@ -18,20 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import dlzo_kernels as dk
-from bits import VIEWS, assert_same_bits, weights
+from bits import PAIRS, VIEWS, assert_same_bits, weights
 from dlzo_kernels.ops import _gpu
 from trees import assert_right, chain, inputs, tree
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-PAIRS = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
 ]
 
 

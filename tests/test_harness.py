@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 
-from dlzo import cli
 from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
@@ -78,9 +77,7 @@ def test_both_find_the_same_accuracy_before_and_after_tuning(folders, tokenizer,
     assert len(tokenizer) == size and tokenizer.pad_token is None
 
 
-def test_the_command_judges_a_model_with_its_adapter(
-    folders, tokenizer, tmp_path, monkeypatch, capsys
-):
+def test_the_command_judges_a_model_with_its_adapter(folders, tokenizer, tmp_path, run):
     data, tasks = folders
     base, out, found = tmp_path / "base", tmp_path / "out", tmp_path / "found.json"
     tiny_model().save_pretrained(base)
@@ -88,21 +85,16 @@ def test_the_command_judges_a_model_with_its_adapter(
     model = tiny_model()
     train(model, TOKENIZER, CONFIG, data, out)
 
-    def run(*more):
-        arguments = ["--tasks", "feeling", "--include", tasks, "--dtype", "float32", *more]
-        monkeypatch.setattr(sys, "argv", ["dlzo", "lm-eval", *map(str, (base, *arguments))])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        return exit_info.value.code or 0, capsys.readouterr()
-
-    code, (text, _) = run("--adapter", out, "--json", found)
+    common = "--tasks", "feeling", "--include", tasks, "--dtype", "float32"
+    judge = partial(run, "lm-eval", base, *common)
+    code, text, _ = judge("--adapter", out, "--json", found)
     assert code == 0 and "|feeling|" in text
     expected = evaluate(model, tokenizer, "sst2", data)["accuracy"]
     assert json.loads(found.read_text())["results"]["feeling"]["acc,none"] == expected
-    assert run("--limit", 5, "--json", found)[0] == 0
+    assert judge("--limit", 5, "--json", found)[0] == 0
     few = json.loads(found.read_text())
     assert few["n-samples"]["feeling"] == {"original": 20, "effective": 5}
-    code, (_, err) = run("--tasks", "feeling,felling")
+    code, _, err = judge("--tasks", "feeling,felling")
     assert code == 2 and "no task 'felling'" in err and "Traceback" not in err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -20,11 +21,13 @@ from dlzo.errors import UserError
 from dlzo.export import export
 from dlzo.journal import Reader
 from dlzo.lora import Lora, take_out
+from dlzo.models import decoder_layers
 from dlzo.replay import replay
 from dlzo.run import read_settings
 from dlzo.sampler import step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.target import Target, describe
+from dlzo.tasks import Example
 from dlzo.trainer import resume, train
 from dlzo_kernels import gaussian
 from runs import (
@@ -33,12 +36,12 @@ from runs import (
     Killed,
     assert_rebuilt,
     result,
+    rewrite_config,
     same,
     state,
     stopping_at,
+    with_header,
 )
-from test_adapter import rewrite_config
-from test_replay import with_header
 from tiny import tiny_model
 
 TUNED = replace(CONFIG, method="lora", rank=3)
@@ -203,8 +206,24 @@ def test_what_lies_below_the_tuned_layer_is_computed_once(family):
     model = tiny_model(family)
     target = Target(model, (2,), lora=Lora(3, 0))
     scorer = Scorer(model, TOKENIZER, target.decoder_layers, cache=PrefixCache(10**6))
-    problems = scorer.trees_problem, scorer.states_problem, scorer.cache_problem
-    assert problems == (None, None, None)
+    calls, below = [], decoder_layers(model)[0]
+    next(below.children()).register_forward_hook(lambda *_: calls.append(0))
+    batch = scorer.encode([Example("ab", (" terrible", " great"), 0)])
+    scorer.losses(scorer.plan(batch), [nullcontext, nullcontext])
+    assert len(calls) == 1
+    scorer.cache_prefixes(batch)
+    calls.clear()
+    scorer.losses(scorer.plan(batch), [nullcontext, nullcontext])
+    assert not calls
+
+
+def test_they_are_float32_whatever_torch_makes():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        target = Target(tiny_model(), (2,), lora=Lora(3, 0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in target.parameters.values()} == {torch.float32}
 
 
 def test_ranks_are_those_of_the_methods():
@@ -264,7 +283,7 @@ def test_what_stops_a_run_before_it_begins_leaves_the_model_as_it_was(data, tmp_
 def test_another_base_or_journal_is_refused(data, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=interrupt)
+        train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stopping_at(0))
     other = tiny_model()
     with torch.no_grad():
         other.model.layers[1].self_attn.q_proj.weight[0, 0] += 0.5
@@ -290,10 +309,6 @@ def test_another_base_or_journal_is_refused(data, tmp_path):
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] += 0.5
     load_adapter(model, out)
-
-
-def interrupt(_entry):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from bits import assert_same_bits, low_rank
+from bits import assert_same_bits, copies, low_rank
 from dlzo_kernels import LowRankStep, gaussian, low_rank_replay, update_scales, zo_step
+from dlzo_kernels import low_rank as low_rank_module
+from dlzo_kernels.ops.add_low_rank import add_low_rank
 
 SHAPES = {"wide": (3, 70_001), "tall": (300, 7), "bias": (19,), "stack": (2, 3, 4), "row": (1, 1)}
 OPTIONS = {"rank": 3, "v_seed": 2**64 - 1}
@@ -22,10 +24,6 @@ def layer_of(dtype):
         values = torch.randn(shape, generator=generator).to(dtype)
         layer.register_parameter(name, nn.Parameter(values))
     return layer
-
-
-def copies(layer):
-    return [p.detach().clone() for p in layer.parameters()]
 
 
 def direction(shape, stream, seed, query, rank=3, v_seed=2**64 - 1):
@@ -155,3 +153,24 @@ def test_of_two_steps_opened_on_the_same_weights_one_is_taken():
     with pytest.raises(RuntimeError, match="was written since the step was opened"):
         second.update(1.0, 0.5)
     assert_same_bits(w, moved)
+
+
+def test_an_update_that_fails_leaves_the_weights_and_the_next_one_right(monkeypatch):
+    layer, twin = layer_of(torch.bfloat16), layer_of(torch.bfloat16)
+    step, calls = LowRankStep(layer, 1, 1e-2, 1e-2, rank=2, v_seed=3), []
+
+    def failing(*arguments):
+        calls.append(0)
+        if len(calls) == 2:
+            raise MemoryError
+        return add_low_rank(*arguments)
+
+    monkeypatch.setattr(low_rank_module, "add_low_rank", failing)
+    with pytest.raises(MemoryError):
+        step.update(1.0, 0.5)
+    for now, then in zip(copies(layer), copies(twin), strict=True):
+        assert_same_bits(now, then)
+    for each in (layer, twin):
+        LowRankStep(each, 1, 1e-2, 1e-2, rank=2, v_seed=3).update(1.0, 0.5)
+    for now, then in zip(copies(layer), copies(twin), strict=True):
+        assert_same_bits(now, then)

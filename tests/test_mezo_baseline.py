@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from dlzo.models import decoder_layers
 from dlzo.tasks import Example
+from scripts import load_benchmark
 from tiny import byte_tokenizer, tiny_model
 
-
-def load_baseline():
-    # With its folder on sys.path, transformers would import kernels.py for the Hub's `kernels`.
-    path = Path(__file__).parents[1] / "benchmarks" / "mezo.py"
-    spec = importlib.util.spec_from_file_location("mezo", path)
-    sys.modules["mezo"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mezo = load_baseline()
+mezo = load_benchmark("mezo")
 
 EXAMPLES = [
     Example("a fine film , and a long one It was", (" terrible", " great"), 1),

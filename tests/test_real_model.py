@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers, load_model
 from dlzo.probe import probe
 from dlzo.scoring import PrefixCache, Scorer
+from dlzo.tasks import get_task, load_split
 from dlzo.trainer import train
+from plain import plain_scores
 
 
 def test_the_dominant_layer_is_11(smollm2):
@@ -41,6 +44,20 @@ def test_its_scorer_takes_every_shortcut(dtype):
     assert (scorer.trees_problem, scorer.states_problem) == (None, None)
     assert (scorer.mlp_problem, scorer.cache_problem) == (None, None)
     assert len(scorer.runner.norms) == 61
+
+
+def test_its_scores_are_those_of_forwards_one_by_one():
+    model, tokenizer = load_model("smollm2", dtype=torch.float32)
+    with demo_data() as data:
+        examples = load_split(get_task("sst2"), data, "train")[:6]
+    scorer = Scorer(model, tokenizer, decoder_layers(model)[11], cache=PrefixCache(1 << 30))
+    batch = scorer.encode(examples)
+    expected = torch.stack([plain_scores(model, tokenizer, example) for example in examples])
+    anew = scorer.scores(scorer.plan(batch), [nullcontext])[0]
+    scorer.cache_prefixes(batch)
+    cached = scorer.scores(scorer.plan(batch), [nullcontext])[0]
+    for found in (anew, cached):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 # Of each split: what a layer gains shows in a few steps on few texts.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from bits import assert_same_bits
-from dlzo.adapter import load_adapter
+from dlzo.adapter import load_adapter, read_config
 from dlzo.errors import UserError
 from dlzo.export import export
 from dlzo.header import base_fields
@@ -20,7 +24,7 @@ from dlzo.rule import Rule
 from dlzo.target import Target
 from dlzo.trainer import train
 from dlzo_kernels import zo_step
-from runs import CONFIG, TOKENIZER, same, state, with_header, write_data
+from runs import CONFIG, TOKENIZER, rewrite_config, same, state, with_header, write_data
 from tiny import tiny_model
 
 SHORT = replace(CONFIG, steps=7, eval_every=3)
@@ -69,6 +73,31 @@ def test_a_replayed_adapter_is_no_run_to_export(run, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         export(tmp_path / "rebuilt", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(data, tmp_path, monkeypatch):
+    train(tiny_model(), TOKENIZER, replace(CONFIG, steps=1), data, tmp_path / "out")
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    module = sys.modules["dlzo.export"]  # as an attribute of dlzo it is the function
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: (tiny_model(), TOKENIZER))
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        export(tmp_path / "out", tmp_path / "exported", "model")
+    assert not list(tmp_path.glob("*exported*"))
+
+
+@pytest.mark.parametrize(("name", "card"), [("", "unknown"), (".", "here"), ("a/b", "a/b")])
+def test_the_card_names_the_model_as_it_may_be_found(data, tmp_path, monkeypatch, name, card):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(tiny_model(), TOKENIZER, replace(CONFIG, steps=1), data, tmp_path / "out")
+    config = read_config(tmp_path / "out") | {"base_model": name}
+    rewrite_config(tmp_path / "out", json.dumps(config))
+    export(tmp_path / "out", tmp_path / "exported")
+    assert f"\nbase_model: {card}\n" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_a_compact_journal_gives_the_same_bits(run, tmp_path):

@@ -15,6 +15,7 @@ from transformers import (
     Gemma3Config,
     Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MllamaConfig,
     MptConfig,
     OpenAIGPTConfig,
@@ -32,6 +33,7 @@ from dlzo.scoring.trial import Trial
 from dlzo.sites import find_sites
 from dlzo.tasks import Example, get_task, load_split
 from dlzo_kernels import rms_norm
+from plain import plain_scores
 from runs import TOKENIZER
 from tiny import CONFIGS, HYBRIDS, VOCABULARY, byte_tokenizer, random_model, tiny_model
 
@@ -78,19 +80,6 @@ class Shift:
     @property
     def states(self):
         return [partial(self.shifted, by) for by in (self.by, -self.by, self.by / 2)]
-
-
-@torch.no_grad()
-def plain_scores(model, tokenizer, example):
-    """One whole forward for each option, all by itself."""
-    prompt = tokenizer(example.prompt.strip(" ")).input_ids
-    scores = []
-    for option in example.options:
-        tokens = tokenizer((example.prompt + option).strip(" ")).input_ids
-        log_probs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        places = range(len(prompt), len(tokens))
-        scores.append(torch.stack([log_probs[i - 1, tokens[i]] for i in places]).mean())
-    return torch.stack(scores)
 
 
 def plain_loss(model, tokenizer, examples, loss="options"):
@@ -572,6 +561,29 @@ def test_the_kernel_computes_the_norms(monkeypatch):
     assert "0 RMS norms by dlzo_kernels.rms_norm" in plan.explain()
 
 
+def test_a_float32_residual_stream_is_cached_as_it_is():
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, state_size=4,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = random_model(config).bfloat16()
+    layer = decoder_layers(model)[2]
+    scorer = Scorer(model, byte_tokenizer(), layer, cache=PrefixCache(1 << 20))
+    batch = scorer.encode(EXAMPLES)
+    anew = scorer.losses(scorer.plan(batch), [nullcontext])
+    scorer.cache_prefixes(batch)
+    plan = scorer.plan(batch)
+    assert "from the cache for 11 sequences" in plan.explain()
+    assert scorer.losses(plan, [nullcontext]) == anew
+
+
+def test_weights_that_are_not_in_memory_are_refused():
+    model = tiny_model()
+    model.model.layers[3].to("meta")
+    with pytest.raises(UserError, match="of this LlamaForCausalLM are loaded for each forward"):
+        Scorer(model, TOKENIZER)
+
+
 def test_an_empty_batch_is_refused():
     with pytest.raises(UserError, match="batch to be scored is empty"):
         Scorer(tiny_model(), TOKENIZER).plan([])
@@ -587,6 +599,8 @@ def test_plan_explains_itself():
     assert "forwards: 2, positions: 59, of a plain padded batch: 216" in text
     assert "the option tokens' rows, positions: 3" in text
     assert "cache for 2 sequences" in text
+    text = Scorer(model, tokenizer, loss="gold").plan(batch).explain()
+    assert "output embeddings: all rows, positions: 3" in text
 
 
 def test_options_of_one_token_share_the_prompt():
@@ -791,7 +805,9 @@ def test_a_head_that_does_more_than_a_product_is_left_to_itself(dtype):
     head.weight = model.lm_head.weight
     model.lm_head = head
     scorer = Scorer(model, byte_tokenizer(*SENTIMENT))
-    scores = scorer.scores(scorer.plan(scorer.encode(EXAMPLES[:3])))[0]
+    plan = scorer.plan(scorer.encode(EXAMPLES[:3]))
+    assert "output embeddings: all rows" in plan.explain()
+    scores = scorer.scores(plan)[0]
     atol = 1e-5 if dtype is torch.float32 else 0.3
     for found, example in zip(scores, EXAMPLES, strict=False):
         expected = plain_scores(model, byte_tokenizer(*SENTIMENT), example).float()

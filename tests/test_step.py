@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bits import assert_same_bits, bits, weights
+from bits import assert_same_bits, bits, copies, weights
 from dlzo_kernels import LowRankStep, gaussian, masters, signals, update_scales, zo_replay, zo_step
 from dlzo_kernels import step as step_module
 
@@ -33,10 +33,6 @@ def layer_of(dtype: torch.dtype = torch.float32) -> nn.Module:
         layer.register_parameter(name, nn.Parameter(values, requires_grad=name != "frozen"))
     layer.register_parameter("empty", nn.Parameter(torch.empty(0, 3, dtype=dtype)))
     return layer
-
-
-def copies(layer: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in layer.parameters()]
 
 
 def assert_untouched(layer: nn.Module, before: list[torch.Tensor]) -> None:
@@ -191,6 +187,25 @@ def test_a_loss_that_is_not_finite_is_not_applied(dtype, bad, phase):
     assert_untouched(layer, before)
     assert not zo_step(layer, 1, 1e-2, 1e-2).update(*losses).applied
     assert_untouched(layer, before)
+
+
+def test_each_signal_that_has_to_wait_is_passed_on_though_one_raises():
+    seen, numbers = [], (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+
+    def raising(number, _frame):
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = [signal.signal(number, raising) for number in numbers]
+    try:
+        with pytest.raises(KeyboardInterrupt), signals.Held(__file__):
+            for number in numbers:
+                signal.raise_signal(number)
+            assert not seen
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert seen == list(numbers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1])
@@ -434,17 +449,37 @@ def test_a_step_on_one_part_of_a_tensor_leaves_an_open_one_on_another_alone():
         step.update(1.0, 0.5)
 
 
-def test_a_closure_that_moves_the_weights_to_other_memory_is_refused():
+@pytest.mark.parametrize("change", ["same", "dtype", "layout"])
+def test_a_closure_that_moves_the_weights_to_other_memory_is_refused(change):
     layer = nn.Linear(3, 2)
     before = copies(layer)
 
     def closure() -> torch.Tensor:
-        layer.double().float()
+        layer.double()
+        if change == "same":
+            layer.float()
+        elif change == "layout":
+            layer.float()
+            layer.weight.data = layer.weight.data.t().contiguous().t()
         return loss_of(layer)
 
     with pytest.raises(RuntimeError, match="was written since the step was opened"):
         zo_step(layer, 1, 1e-2, 1e-2, closure=closure)
-    assert_untouched(layer, before)
+    assert layer.weight.dtype is (torch.float64 if change == "dtype" else torch.float32)
+    assert_untouched(layer.float(), before)
+
+
+def test_weights_of_another_shape_are_left_alone_and_the_old_memory_restored():
+    w, other = torch.ones(3, 4), torch.full((8,), 5.0)
+    before, memory = w.clone(), w.detach()
+    step = zo_step(w, 1, 1e-2, 1e-2)
+    with step.plus():
+        w.data = other[:1]
+    assert_same_bits(other, torch.full((8,), 5.0))
+    assert_same_bits(memory, before)
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        step.update(1.0, 0.5)
+    assert_same_bits(other, torch.full((8,), 5.0))
 
 
 def test_decay_alone_is_seen_by_an_open_step():
@@ -503,16 +538,18 @@ def test_steps_in_several_threads_do_not_meet_in_the_masters():
             for seed in range(100):
                 kept.append(torch.ones(4))
                 zo_step(kept[-1], seed, 1e-3, 1e-3, closure=lambda: 0.0)
-        except RuntimeError as error:
+        except BaseException as error:
             errors.append(error)
 
-    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    sys.setswitchinterval(interval)
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert not errors
 
 
@@ -800,7 +837,7 @@ def test_a_step_works_in_a_thread():
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of each block of memory that torch's operators returned."""
+    """The most bytes of each block of memory that torch's operators returned."""
 
     def __init__(self):
         super().__init__()
@@ -809,11 +846,13 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
-            self.blocks[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
+            block = out.untyped_storage()
+            place, size = block.data_ptr(), block.nbytes()
+            self.blocks[place] = max(size, self.blocks.get(place, 0))
         return out
 
 
-def test_memory_beyond_the_model_is_the_master_and_less_than_a_megabyte():
+def test_memory_beyond_the_model_is_the_master_and_blocks_below_a_megabyte():
     w = torch.randn(3_000_000).bfloat16()
     tracemalloc.start()
     with Allocations() as allocations:
@@ -951,7 +990,8 @@ def test_a_seed_in_memory_is_the_same_as_the_number():
 
 
 @pytest.mark.parametrize("size", [1, 7, 511, 512, 513, 4097, 600_001])
-def test_a_master_notices_any_bit_that_another_wrote(isa, dtype, size):
+def test_a_master_notices_any_bit_that_another_wrote(isa, dtype, size, set_threads):
+    set_threads(2)
     master, live = weights(size), torch.empty(size, dtype=dtype)
     entry = masters._Entry(live.copy_(master))
     entry.master.copy_(master)

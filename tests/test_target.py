@@ -13,14 +13,14 @@ from dlzo.adapter import load_adapter
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.export import export
-from dlzo.journal import Reader, compact
+from dlzo.journal import Reader
 from dlzo.models import layer_parts
 from dlzo.records import encode_header
 from dlzo.replay import replay
 from dlzo.target import Target, describe
 from dlzo.trainer import resume, train
 from fuzz import parts_of, sealed
-from runs import CONFIG, TOKENIZER, result, same, state, stopping_at
+from runs import CONFIG, TOKENIZER, assert_rebuilt, result, same, state, stopping_at
 from tiny import CONFIGS, HYBRIDS, random_model, tiny_model
 
 SHORT = replace(CONFIG, steps=6, eval_every=2)
@@ -81,16 +81,7 @@ def test_replay_adapter_and_export_give_its_bits(data, tmp_path, name):
         out,
         on_progress=lambda entry: states.append(state(model)),
     )
-    compact(out / "journal.zo", tmp_path / "small.zo")
-    for journal in (out / "journal.zo", tmp_path / "small.zo"):
-        replayed, loaded = tiny_model(), tiny_model()
-        replay(replayed, journal, tmp_path / journal.stem)
-        load_adapter(loaded, tmp_path / journal.stem)
-        assert same(state(replayed), states[-1]) and same(state(loaded), states[-1])
-    tuned = tiny_model()
-    load_adapter(tuned, out)
-    assert same(state(tuned), state(model))
-    assert evaluate(tuned, TOKENIZER, "sst2", data) == metrics["test"]
+    assert_rebuilt(out, tiny_model, state(model), states[-1], data, metrics)
     export(out, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert describe(metrics) in card

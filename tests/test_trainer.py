@@ -12,6 +12,7 @@ from transformers import RwkvConfig
 
 from dlzo import trainer
 from dlzo.adapter import load_adapter
+from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
@@ -157,6 +158,42 @@ def test_a_model_whose_loss_is_not_finite_is_refused(data, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("change", [{"lr": "auto"}, {"method": "mezo", "layer": None}])
+def test_weights_that_are_not_finite_are_refused_though_no_text_meets_them(data, tmp_path, change):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds values"):
+        train(model, TOKENIZER, replace(SHORT, **change), data, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("inside", [".", "prefixes"])
+def test_a_cache_in_the_folder_of_the_run_is_refused_before_any_work(data, tmp_path, inside):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"prefix_cache_dir .* lies in the output folder"):
+        train(tiny_model(), TOKENIZER, replace(SHORT, prefix_cache_dir=out / inside), data, out)
+    assert not out.exists()
+
+
+def test_the_prefix_of_each_text_is_computed_once(data, tmp_path, monkeypatch):
+    model, seen = tiny_model(), []
+    below = model.model.layers[0]
+    # 40 texts, of which each epoch of five batches leaves out four.
+    config = replace(SHORT, steps=12, batch_size=7, eval_every=12)
+    real = trainer.take_step
+
+    def watched(*arguments):
+        handle = below.mlp.register_forward_hook(lambda *_: seen.append(0))
+        step = real(*arguments)
+        handle.remove()
+        return step
+
+    monkeypatch.setattr(trainer, "take_step", watched)
+    train(model, TOKENIZER, config, data, tmp_path / "out")
+    assert not seen
+
+
 def test_an_existing_result_is_replaced_only_when_asked(data, tmp_path):
     out = tmp_path / "out"
     train(tiny_model(), TOKENIZER, SHORT, data, out)
@@ -204,6 +241,14 @@ def test_an_adapter_of_others_is_no_result(data, tmp_path):
 def test_a_value_of_another_type_is_refused_at_once(name, value, says):
     with pytest.raises(UserError, match=f"{name} is {value!r}: give .*{says}"):
         replace(SHORT, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "lr"), [("dominant", 3e-4), ("mezo", 3e-5), ("lozo", 3e-5), ("lora", 3e-3)]
+)
+def test_each_method_has_a_rate_of_its_own(method, lr):
+    assert TrainConfig("sst2", method=method).lr == lr
+    assert TrainConfig("sst2", method=method, lr=1).lr == 1.0
 
 
 def test_paths_are_texts(tmp_path):
@@ -294,6 +339,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(data, tmp_p
         ({"lr": float("inf")}, "lr is inf"),
         ({"weight_decay": 5000.0}, r"weight_decay is 5000\.0.*below 1 when multiplied by lr"),
         ({"sync_seconds": float("inf")}, "sync_seconds is inf"),
+        ({"lr": 10**400}, "lr is inf"),
+        ({"weight_decay": 10**400}, "weight_decay is inf"),
     ],
 )
 def test_bad_values_are_refused(change, says):

@@ -1,1 +1,1 @@
-"""The kernels as PyTorch operators, one module each."""
+"""The kernels, one module each: PyTorch operators, but for add_low_rank, which steps alone use."""

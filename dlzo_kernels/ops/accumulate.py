@@ -90,7 +90,8 @@ def accumulate_(
         ValueError: lengths or shapes differ, a number is out of range, elements share memory.
         TypeError: a dtype is none of the three, or out is given and master is not float32.
         NotImplementedError: there is no kernel for the device.
-        RuntimeError: a CUDA graph is captured, and seeds or scales that differ are no tensors.
+        RuntimeError: a CUDA graph is captured, and seeds or scales are lists of several, or query
+            is: only one of each, or a tensor, is known to the graph.
     """
     queries = list(query) if isinstance(query, Iterable) else [query] * len(seeds)
     check_directions(seeds, scales, queries, master.device)

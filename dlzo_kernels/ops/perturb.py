@@ -75,7 +75,8 @@ def perturb_(
     """w = round(float32(w) + scale * z) in place, z being `gaussian` with the same numbers.
 
     One rounded product, one rounded sum, one rounding to nearest even into w's dtype: the same bits
-    on every backend. Perturbing by +scale and then by -scale need not restore w; `zo_step` does.
+    on every backend, but for those of a NaN. Perturbing by +scale and then by -scale need not
+    restore w; `zo_step` does.
 
     Args:
         w: float32, bfloat16 or float16; any shape and strides, empty too.

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -22,7 +23,7 @@ from dlzo.adapter import WEIGHTS_FILE, load_adapter
 from dlzo.calibration import read_texts
 from dlzo.cli_journal import app as journal_app
 from dlzo.cli_journal import warn
-from dlzo.config import CHANNELS, TrainConfig, parse_config
+from dlzo.config import CHANNELS, LEARNING_RATES, TrainConfig, parse_config
 from dlzo.demo import before_and_after, demo_data, probabilities, shown_examples
 from dlzo.distributed import from_first_rank, joined, rank
 from dlzo.errors import UserError
@@ -171,8 +172,12 @@ def train_command(
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = _DEFAULTS.batch_size,
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = _DEFAULTS.eps,
     lr: Annotated[
-        str, typer.Option(help="Learning rate; 'auto' to search for it.")
-    ] = f"{_DEFAULTS.lr:g}",
+        str | None,
+        typer.Option(
+            help="Learning rate; 'auto' to search for it. By default that of the method: "
+            + ", ".join(f"{name} {lr:g}" for name, lr in LEARNING_RATES.items())
+        ),
+    ] = None,
     lr_decay: Annotated[
         str, typer.Option(help="How it falls: none, linear or cosine.")
     ] = _DEFAULTS.lr_decay,
@@ -234,7 +239,7 @@ def train_command(
             steps=steps,
             batch_size=batch_size,
             eps=eps,
-            lr=_parse_lr(lr),
+            lr=None if lr is None else _parse_lr(lr),
             lr_decay=lr_decay,
             lr_per_spread=lr_per_spread,
             weight_decay=weight_decay,
@@ -340,6 +345,8 @@ def demo_command(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
 ) -> None:
     """The main job on a real model: fetch SmolLM2, find its dominant layer, fine-tune it."""
+    # Of one layer of a small model; the default is for large ones (docs/tuning.md).
+    config = TrainConfig("sst2", steps=steps, eps=1e-2)
     check_free(out, overwrite)  # before a model is fetched
     console.rule("1. The model: SmolLM2-135M-Instruct, de-quantised, in bfloat16")
     model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
@@ -347,8 +354,7 @@ def demo_command(
     report = probe(model, tokenizer)
     console.print(report.table())
     console.rule("3. Fine-tuning that layer: two losses a step, no back-propagation")
-    # Of one layer of a small model; the default is for large ones (docs/tuning.md).
-    config = TrainConfig("sst2", layer=report.decision.layer, steps=steps, eps=1e-2)
+    config = replace(config, layer=report.decision.layer)
     examples = shown_examples()
     before = probabilities(model, tokenizer, examples)
     with demo_data() as data:
@@ -407,6 +413,8 @@ def _check_outputs(plot: Path | None, json_file: Path | None = None) -> None:
         reason = None
         if path.is_dir():
             reason = "is a folder"
+        elif path.exists() and not path.is_file():
+            reason = "is no ordinary file"  # a device, say, which would be replaced
         elif not path.parent.is_dir():
             reason = "is in no folder that exists"
         elif not os.access(path.parent, os.W_OK):
@@ -447,6 +455,10 @@ def _refuse_without_effect(context: typer.Context, config: TrainConfig) -> None:
         ("rank", config.method in ("lozo", "lora"), "--method lozo or lora"),
         ("interval", config.method == "lozo", "--method lozo"),
         ("top", config.channels == "outlier", "--channels outlier"),
+        *(
+            (name, bool(config.layers) or config.method == "dominant", "a layer to tune, --layer")
+            for name in ("prefix_cache_mb", "prefix_cache_dir")
+        ),
     ):
         if _is_given(context, name) and not has_effect:
             raise UserError(f"{name} is given without {condition}: add that or leave it out")

@@ -15,11 +15,12 @@ import numpy as np
 from dlzo.errors import UserError
 
 DECAYS = ("none", "linear", "cosine")
-METHODS = ("dominant", "mezo", "lozo", "lora")
 PARTS = ("all", "attention", "mlp")
 CHANNELS = ("all", "outlier")
 MAX_DIRECTIONS = 65535  # what a journal holds
 MAX_RANK = 1024  # a larger one is not low, and takes memory
+# By method: the best of three on SST-2 (docs/tuning.md).
+LEARNING_RATES = {"dominant": 3e-4, "mezo": 3e-5, "lozo": 3e-5, "lora": 3e-3}
 _LORA_RANK, _LOZO_RANK = 8, 2  # as in MeZO and in LOZO
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "eval_every", "directions", "sync_steps"), 1),
@@ -49,8 +50,9 @@ class TrainConfig:
         steps: number of steps.
         batch_size: examples in a step; an epoch's short remainder is left out.
         eps: size of the perturbation.
-        lr: learning rate; "auto" to find it by short trials. The default suits one layer of a
-            model of 0.1 billion parameters, a tenth of it all of them; for 7 billion, 1e-7 to 5e-6.
+        lr: learning rate; "auto" to find it by short trials; None for that of the method in
+            LEARNING_RATES, which suits a model of 0.1 billion parameters; for 7 billion, 1e-7 to
+            5e-6.
         lr_decay: how it falls towards 0 over the steps: "none", "linear" or "cosine".
         lr_per_spread: whether each step divides it by the standard deviation of its own losses, as
             FZOO does (arXiv 2506.09034, there with one-sided differences); a good lr is then
@@ -80,7 +82,7 @@ class TrainConfig:
     steps: int = 300
     batch_size: int = 16
     eps: float = 1e-3
-    lr: float | Literal["auto"] = 3e-4
+    lr: float | Literal["auto"] | None = None
     lr_decay: str = "none"
     lr_per_spread: bool = False
     weight_decay: float = 0.0
@@ -106,9 +108,15 @@ class TrainConfig:
         assert self.rank is not None
         return self.rank
 
+    @property
+    def given_lr(self) -> float:
+        """The learning rate, which is a number once "auto" has been found."""
+        assert isinstance(self.lr, int | float)
+        return float(self.lr)
+
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, from 1: the whole lr at the first one."""
-        lr, done = float(self.lr), (step - 1) / self.steps
+        lr, done = self.given_lr, (step - 1) / self.steps
         if self.lr_decay == "linear":
             return lr * (1 - done)
         if self.lr_decay == "cosine":
@@ -119,17 +127,23 @@ class TrainConfig:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, _plain(value))
         self._check_types()
+        for name in ("lr", *(name for name, kind in _kinds().items() if kind is float)):
+            if type(value := getattr(self, name)) is int:
+                object.__setattr__(self, name, as_float(value))
         if self.rank is None:
             rank = _LORA_RANK if self.method == "lora" else _LOZO_RANK
             object.__setattr__(self, "rank", rank)
+        if self.lr is None:
+            object.__setattr__(self, "lr", LEARNING_RATES.get(self.method))
         self._check_what_is_tuned()
         self._check_channels()
         self._check_numbers()
         self._check_rates()
 
     def _check_what_is_tuned(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method {self.method!r} is not known: choose {' or '.join(METHODS)}")
+        if self.method not in LEARNING_RATES:
+            known = " or ".join(LEARNING_RATES)
+            raise UserError(f"method {self.method!r} is not known: choose {known}")
         if self.part not in PARTS:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
@@ -171,7 +185,7 @@ class TrainConfig:
     def _check_rates(self) -> None:
         check_eps(self.eps)
         lr = 0.0 if self.lr == "auto" else self.lr
-        if type(lr) not in (int, float) or not (math.isfinite(lr) and lr >= 0):
+        if not isinstance(lr, float) or not (math.isfinite(lr) and lr >= 0):
             raise UserError(f"lr is {lr!r}: give a number of 0 or above, such as 3e-4, or 'auto'")
         if self.lr_decay not in DECAYS:
             raise UserError(f"lr_decay {self.lr_decay!r}: choose {' or '.join(DECAYS)}")
@@ -190,6 +204,14 @@ class TrainConfig:
                 raise UserError(
                     f"{name} is {value!r}: give {_WORDS.get(kind, 'a number or several')}"
                 )
+
+
+def as_float(number: float) -> float:
+    """A number from anywhere; a whole one that no float holds is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def check_eps(eps: float) -> None:

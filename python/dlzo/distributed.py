@@ -37,7 +37,8 @@ def size() -> int:
 @contextmanager
 def joined() -> Iterator[None]:
     """Joins the ranks that torchrun has started, if it has, for the time of a `with`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    # A scheduler may set the one without the other.
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE") or 1) == 1:
         yield
         return
     with _reaching_all():

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from safetensors import SafetensorError
+
 from dlzo.adapter import PEFT_FILE, WEIGHTS_FILE, load_adapter, read_config
 from dlzo.errors import UserError
 from dlzo.files import new_folder
@@ -91,30 +93,29 @@ def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
             elif form == "journal":
                 shutil.copyfile(run / JOURNAL_FILE, stage / JOURNAL_FILE)
             else:
-                _save_merged(run, stage)
+                config = _save_merged(run, stage)
             (stage / CARD_FILE).write_text(_card(config, form, run), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{str(out)!r} cannot be written: {error}") from error
 
 
-def _save_merged(run: Path, folder: Path) -> None:
+def _save_merged(run: Path, folder: Path) -> dict[str, Any]:
+    """Saves the model with what is tuned in it; the configuration of that."""
     settings = read_settings(run)
     model, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
-    if "lora" in load_adapter(model, run):
+    if "lora" in (config := load_adapter(model, run)):
         take_out(model, merge=True)
     with quiet_transformers(every_bar=True):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    return config
 
 
 def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
-    base = Path(config["base_model"])
-    # The folder that a model lay in says nothing elsewhere.
-    fields = {
-        **config,
-        "base_model": base.name if base.exists() else config["base_model"],
-        "tuned": describe(config),
-    }
+    base = config["base_model"] or "unknown"
+    if Path(base).exists():
+        base = Path(base).resolve().name  # the folder that it lay in says nothing elsewhere
+    fields = {**config, "base_model": base, "tuned": describe(config)}
     use = _USE["LoRA" if form == "adapter" and "lora" in config else form]
     try:
         return _CARD.format(

@@ -61,9 +61,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         mode = _mode_of_new(partial / "any")
         (partial / "any").unlink()
         yield partial
-        for file in partial.iterdir():
-            _give(file, mode)
-            _sync(file)
+        for made in partial.rglob("*"):
+            if made.is_file():
+                _give(made, mode)
+            _sync(made)
         os.rename(partial, path)
         _sync(path.parent)
     finally:

@@ -53,7 +53,7 @@ def header_of(target: Target, config: TrainConfig, task: Task, data_fingerprint:
         **base_fields(target),
         data_fingerprint=data_fingerprint,
         directions=config.directions,
-        lr=float(config.lr),
+        lr=config.given_lr,
         seed=config.seed,
         settings=_settings(config, task) | {"model_fingerprint": fingerprint},
     )

@@ -99,7 +99,7 @@ class Adapters:
         seed = step_seed(seed, 0)  # no step has this number
         for stream, matrix in enumerate(self.matrices):
             device = self._bases[stream // 2].weight.device
-            weight = torch.zeros(matrix.weight.shape, device=device)
+            weight = torch.zeros(matrix.weight.shape, dtype=torch.float32, device=device)
             if stream % 2 == 0:
                 scale = math.sqrt(1 / (3 * matrix.in_features))
                 perturb_(weight, seed, scale, stream=stream)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlzo.config import MAX_DIRECTIONS
+from dlzo.config import MAX_DIRECTIONS, as_float
 from dlzo.files import parse_json_object
 from dlzo.sampler import step_seed
 from dlzo_kernels import update_scales
@@ -230,7 +230,8 @@ def decode(prefix: bytes, body: bytes, header: Header) -> Sequence[Record]:
 def _can_be_applied(step: Step, header: Header) -> bool:
     """Whether its numbers are finite and leave something of the weights."""
     decay = header.settings.get("weight_decay")
-    decay = decay if isinstance(decay, int | float) else 0.0  # any other is refused with the rule
+    # Any other is refused with the rule.
+    decay = as_float(decay) if isinstance(decay, int | float) else 0.0
     # A comparison with NaN is false.
     return (
         0 <= step.lr < math.inf

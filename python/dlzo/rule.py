@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from dlzo.config import MAX_RANK, TrainConfig
+from dlzo.config import MAX_RANK, TrainConfig, as_float
 from dlzo.errors import UserError
 from dlzo.records import Header, Step
 from dlzo.sampler import step_seed
@@ -90,7 +90,8 @@ def rule_in(header: Header) -> Rule:
     """
     settings = header.settings
     weight_decay = settings.get("weight_decay", 0.0)
-    if not isinstance(weight_decay, int | float) or not 0 <= header.lr * weight_decay < 1:
+    is_number = isinstance(weight_decay, int | float)
+    if not is_number or not 0 <= header.lr * as_float(weight_decay) < 1:
         raise UserError("the journal has an invalid weight_decay: do not use it")
     if settings.get("method") != "lozo":
         return Rule(header.seed, weight_decay)

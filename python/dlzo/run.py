@@ -180,7 +180,7 @@ def _foreign_file(out: Path) -> Path | None:
 
 def _is_of_a_run(path: Path) -> bool:
     # `--plot` may have drawn it there.
-    is_plot = path.is_file() and path.suffix in PLOT_FORMATS
+    is_plot = path.is_file() and path.suffix.lower() in PLOT_FORMATS
     return path.name in _FILES or is_plot or PARTIAL.fullmatch(path.name) is not None
 
 

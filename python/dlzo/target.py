@@ -76,6 +76,11 @@ class Target:
                     f"{name} has dtype {parameter.dtype}: load the model in one of "
                     f"{', '.join(DTYPES)}"
                 )
+            if not parameter.is_meta and not parameter.isfinite().all():
+                raise UserError(
+                    f"{name} holds values that are not finite: repair it, or load the model in "
+                    "another dtype"
+                )
 
     @property
     def decoder_layers(self) -> list[nn.Module]:

@@ -110,6 +110,12 @@ def train(
     started = time.perf_counter()
     out = Path(out).resolve()
     distributed.from_first_rank(lambda: check_free(out, overwrite))
+    cache = config.prefix_cache_dir
+    if cache is not None and Path(cache).resolve().is_relative_to(out):
+        raise UserError(
+            f"prefix_cache_dir {cache!r} lies in the output folder {str(out)!r}, which a run has "
+            "for itself: choose another folder"
+        )
     with sole_use(model):
         task = get_task(config.task)
         examples = _load_examples(task, config, data_dir)
@@ -318,16 +324,17 @@ class _Run:
         What is computed together decides how it is rounded. So ranks that take directions each
         compute all that one process would, and have its bits.
         """
-        config, size = self.config, len(self.train_set)
-        epoch = range(1, min(config.steps, size // config.batch_size) + 1)
-        batches = [batch_indices(config.seed, n, size, config.batch_size) for n in epoch]
-        validation_set = self.validation_set
-        if shares_examples(config.directions):
+        config, train_set, validation_set = self.config, self.train_set, self.validation_set
+        shares = shares_examples(config.directions)
+        if shares:
             validation_set = [*distributed.share_of(validation_set)]
-            # In the next epoch, a rank would take others of the batches.
-            if config.steps == len(epoch):
+        # Each epoch leaves out another remainder, and gives ranks others of its batches.
+        if config.steps <= (size := len(train_set)) // config.batch_size:
+            steps = range(1, config.steps + 1)
+            batches = [batch_indices(config.seed, n, size, config.batch_size) for n in steps]
+            if shares:
                 batches = [distributed.share_of(batch) for batch in batches]
-        train_set = [self.train_set[i] for i in sorted({i for batch in batches for i in batch})]
+            train_set = [train_set[i] for i in sorted({i for batch in batches for i in batch})]
         self.scorer.cache_prefixes([*train_set, *validation_set])
 
     def _validation_is_due(self) -> bool:
@@ -381,7 +388,7 @@ class _Run:
             batch_size=config.batch_size,
             directions=config.directions,
             eps=config.eps,
-            lr=float(config.lr),
+            lr=config.given_lr,
             seed=config.seed,
             dtype=dtype_name(self.model.dtype),
             zero_shot=known(progress.untuned),

@@ -49,12 +49,12 @@ def test_out_receives_the_rounded_master(isa, dtype, view):
 
 def test_a_thousand_directions_and_any_number_of_threads(set_threads):
     seeds, scales = list(range(1000)), [1e-3 * (-1) ** k for k in range(1000)]
-    expected = weights(5000)
+    expected = weights(9000)
     for seed, scale in zip(seeds, scales, strict=True):
         perturb_(expected, seed, scale)
     for threads in (1, 2, 3):
         set_threads(threads)
-        assert_same_bits(accumulate_(weights(5000), seeds, scales), expected)
+        assert_same_bits(accumulate_(weights(9000), seeds, scales), expected)
 
 
 def test_no_directions_change_nothing():

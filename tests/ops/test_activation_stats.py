@@ -59,9 +59,9 @@ def test_against_float64(isa, dtype, per, kind):
 )
 def test_odd_sizes(dtype, per, shape):
     x = values(*shape, seed=1).to(dtype)
-    got = activation_stats(x, per=per)
-    if per == "channel" or shape[1] > 2:
-        assert_right(x, per, got)
+    if per == "token" and shape[1] == 2:
+        pytest.skip("the kurtosis of two values is 1, whatever they are")
+    assert_right(x, per, activation_stats(x, per=per))
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "far", "outlier", "drift", "jump"])
@@ -158,7 +158,7 @@ def test_all_nans_are_alike(isa, per, dtype):
 @pytest.mark.parametrize("per", DIMS)
 @pytest.mark.parametrize("kind", ["heavy", "far", "outlier", "drift"])
 def test_bits_depend_on_neither_isa_nor_threads(dtype, per, kind, set_threads):
-    x = values(1031, 203, kind).to(dtype)
+    x = values(1031, 803, kind).to(dtype)  # enough for three threads
     before, results = _C.selected_isa(), []
     for name in [name for name, _, runs, _ in _C.isas() if runs]:
         _C.select_isa(name)

@@ -75,7 +75,7 @@ def test_the_roundings_are_those_of_llama(isa, dtype, size):
 
 @pytest.mark.parametrize("size", [31, 576, 4097])
 def test_bits_depend_on_neither_isa_nor_threads(isa, dtype, set_threads, size):
-    x, weight = drawn(700, size, dtype=dtype)
+    x, weight = drawn(1 + (1 << 20) // size, size, dtype=dtype)  # enough for three threads
     set_threads(3)
     found = rms_norm(x, weight, 1e-5)
     _C.select_isa("baseline")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bits import reference_perturb
 from dlzo_kernels import _C
 from dlzo_kernels.ops._parts import Operand, Part, parts_of
 from ptx.compile import CSRC, nvcc_ptx
@@ -15,11 +16,22 @@ from ptx.machine import launch
 from ptx.memory import Memory
 from ptx.parser import Kernel, parse
 
+SEED = 0xFEDCBA9876543210
+
 
 def operand_of(
-    out: Tensor, base: Tensor, stream: int = 0, offset: int = 0, row_stride: int | None = None
+    out: Tensor,
+    base: Tensor | None = None,
+    stream: int = 0,
+    offset: int = 0,
+    row_stride: int | None = None,
 ) -> Operand:
-    return Operand(out, base, stream, offset, row_stride)
+    return Operand(out, out if base is None else base, stream, offset, row_stride)
+
+
+def normals(*shape: int, dtype: torch.dtype = torch.float32, **numbers: int) -> Tensor:
+    """Normals by the reference: zero, perturbed by one z."""
+    return reference_perturb(torch.zeros(shape), SEED, 1.0, dtype, **numbers)
 
 
 class Device:

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bits import VIEWS, assert_same_bits, reference_perturb, weights
+from bits import PAIRS, VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import _C
 from dlzo_kernels.ops._common import DTYPE_CODES
 from dlzo_kernels.ops._parts import Directions, Operand, Part
 from gpu_stats import samples, stats
 from ptx.compile import missing
-from ptx.device import Device, operand_of
+from ptx.device import SEED, Device, normals, operand_of
 from ptx.mutate import run_mutants
+from scripts import load_benchmark
 from telling import PLACES, SCALE, cancelled
 
 pytestmark = pytest.mark.skipif(missing("nvcc") is not None, reason=str(missing("nvcc")))
-SEED = 0xFEDCBA9876543210
 ARCHITECTURES = (80, 90, 120)
-KINDS = {
-    "float32": (torch.float32, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float16": (torch.float16, torch.float16),
-    "bfloat16 of a master": (torch.bfloat16, torch.float32),
-    "float16 of a master": (torch.float16, torch.float32),
-}
 
 
 def gaussian(
@@ -52,11 +43,6 @@ def perturb(
     device = device or Device()
     codes = DTYPE_CODES[operands[0].out.dtype], DTYPE_CODES[operands[0].base.dtype]
     device.run("perturb", _C.gpu.perturb(*codes, device.parts(operands), directions))
-
-
-def normals(*shape: int, dtype: torch.dtype = torch.float32, **numbers: int) -> Tensor:
-    """Normals by the reference: zero, perturbed by one z."""
-    return reference_perturb(torch.zeros(shape), SEED, 1.0, dtype, **numbers)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -92,10 +78,10 @@ def test_every_tail_and_nothing_beyond(length):
         assert buffer[-8:].isnan().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
 @pytest.mark.parametrize("skip", [0, 1, 4, 7])
-def test_perturb_at_every_alignment(kind, skip):
-    out_dtype, base_dtype = KINDS[kind]
+def test_perturb_at_every_alignment(pair, skip):
+    out_dtype, base_dtype = pair
     base = weights(3000, dtype=base_dtype)[skip:]
     out = base if out_dtype is base_dtype else torch.empty(3000, dtype=out_dtype)[skip:]
     expected = reference_perturb(base, SEED, -0.03, out_dtype, offset=skip, stream=9, query=2)
@@ -104,10 +90,10 @@ def test_perturb_at_every_alignment(kind, skip):
     assert_same_bits(out, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
 @pytest.mark.parametrize("length", [11, 8192])  # a group on its own, and whole blocks
-def test_the_last_bits_of_the_noise_show_where_weights_cancel_it(kind, length):
-    out_dtype, base_dtype = KINDS[kind]
+def test_the_last_bits_of_the_noise_show_where_weights_cancel_it(pair, length):
+    out_dtype, base_dtype = pair
     for base, numbers in cancelled(length, base_dtype):
         out = torch.full((length,), torch.nan, dtype=out_dtype)
         expected = reference_perturb(base, scale=SCALE, dtype=out_dtype, **numbers)
@@ -274,19 +260,10 @@ def assert_statistics(x: Tensor, per: str, device: Device | None = None) -> None
         np.testing.assert_array_equal(got.numpy(), right, err_msg=f"{name} per {per}")
 
 
-def load_mutants():
-    # With its folder on sys.path, transformers would import kernels.py for the Hub's `kernels`.
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu_mutants.py"
-    spec = importlib.util.spec_from_file_location("gpu_mutants", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("kernel", ["gaussian_float32", "perturb_bfloat16_bfloat16"])
 def test_nearly_every_small_change_of_a_kernel_is_noticed(kernel):
     """All changes, and those that are not noticed: benchmarks/gpu_mutants.py, docs/gpu.md."""
-    module = load_mutants()
+    module = load_benchmark("gpu_mutants")
     check = module.checker(kernel, module.KERNELS[kernel])
     check(module.nvcc_ptx(module.CSRC / f"{kernel.split('_')[0]}.cu", 90))
     report = run_mutants(module.sample(kernel, 30), check)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 from dlzo_kernels import _C
 from ptx.compile import CSRC, missing, nvcc_ptx
 from ptx.lint import fused, inexact, missing_floats, missing_words
+from scripts import load_benchmark
 
 NOISE_OPS = ("gaussian", "perturb", "accumulate")
 # Of noise v1, scaled by the powers of two that noise.cuh folds into them.
@@ -25,16 +23,7 @@ FLOATS = (
 )
 
 
-def load_static():
-    # With its folder on sys.path, transformers would import kernels.py for the Hub's `kernels`.
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu_static.py"
-    spec = importlib.util.spec_from_file_location("gpu_static", path)
-    sys.modules["gpu_static"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_static = load_static()
+gpu_static = load_benchmark("gpu_static")
 
 
 @pytest.fixture(scope="module")

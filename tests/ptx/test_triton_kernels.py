@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bits import VIEWS, assert_same_bits, reference_perturb, to_float32, weights
+from bits import PAIRS, VIEWS, assert_same_bits, reference_perturb, to_float32, weights
 from dlzo_kernels.ops._parts import Directions, Operand
 from gpu_stats import Stats, samples, stats
 from telling import SCALE, cancelled
@@ -33,12 +33,12 @@ from dlzo_kernels.ops import _triton
 from dlzo_kernels.ops._triton import Plan
 from ptx import lint
 from ptx.compile import missing, resources, sass
+from ptx.device import SEED, normals, operand_of
 from ptx.triton_ptx import (
     BF16,
     DTYPES,
     F16,
     F32,
-    PAIRS,
     TARGETS,
     TritonDevice,
     attention,
@@ -52,7 +52,6 @@ gaussian, perturb, accumulate, activation_stats = (
 )
 
 WHOLE, ODD = 2048, 512  # elements of a tile
-SEED = 0xFEDCBA9876543210
 REDUCTIONS = {"tensor": 0, "channel": 1, "token": 2}
 
 
@@ -207,20 +206,10 @@ def test_numbers_do_not_compile_new_variants():
 # Noise and weights, bit for bit.
 
 
-def operand(
-    out: Tensor,
-    base: Tensor | None = None,
-    stream: int = 0,
-    offset: int = 0,
-    row_stride: int | None = None,
-) -> Operand:
-    return Operand(out, out if base is None else base, stream, offset, row_stride)
-
-
 def run_gaussian(out: Tensor, architecture: int = 90, query: int = 0, **numbers: int) -> None:
     device = TritonDevice(architecture)
     directions = Directions(1, SEED, query)
-    parts = device.parts([operand(out, **numbers)])
+    parts = device.parts([operand_of(out, **numbers)])
     device.run_plans(gaussian.triton_plans(parts, out.dtype, directions))
 
 
@@ -230,11 +219,6 @@ def run_perturb(
     device = device or TritonDevice()
     dtypes = operands[0].out.dtype, operands[0].base.dtype
     return device.run_plans(perturb.triton_plans(device.parts(operands), *dtypes, directions))
-
-
-def normals(*shape: int, dtype: torch.dtype = F32, **numbers: int) -> Tensor:
-    """Normals by the reference: zero, perturbed by one z."""
-    return reference_perturb(torch.zeros(shape), SEED, 1.0, dtype, **numbers)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 120])
@@ -267,7 +251,7 @@ def test_perturb_at_every_alignment(pair, skip, offset):
     out = base if out_dtype is base_dtype else torch.empty(len(base), dtype=out_dtype)
     expected = reference_perturb(base, SEED, -0.03, out_dtype, offset=offset, stream=9, query=2)
     directions = Directions(1, SEED, 2, -0.03)
-    run_perturb([operand(out, base, 9, offset)], directions)
+    run_perturb([operand_of(out, base, 9, offset)], directions)
     assert_same_bits(out, expected)
 
 
@@ -279,7 +263,7 @@ def test_the_last_bits_of_the_noise_show_where_weights_cancel_it(pair, length):
         out = torch.full((length,), torch.nan, dtype=out_dtype)
         expected = reference_perturb(base, scale=SCALE, dtype=out_dtype, **numbers)
         directions = Directions(1, numbers["seed"], numbers["query"], SCALE)
-        run_perturb([operand(out, base, numbers["stream"], numbers["offset"])], directions)
+        run_perturb([operand_of(out, base, numbers["stream"], numbers["offset"])], directions)
         assert_same_bits(out, expected)
 
 
@@ -290,7 +274,7 @@ def test_views(dtype, view):
     VIEWS[view](touched).fill_(True)
     before, part = w.clone(), VIEWS[view](w)
     expected = reference_perturb(part, SEED, 2.0, dtype, stream=5)
-    run_perturb([operand(part, stream=5)], Directions(1, SEED, 0, 2.0))
+    run_perturb([operand_of(part, stream=5)], Directions(1, SEED, 0, 2.0))
     assert_same_bits(part.contiguous(), expected)
     assert_same_bits(w[~touched], before[~touched])
 
@@ -311,7 +295,7 @@ def test_all_tensors_of_a_layer(count, launches):
     layer = [weights(size, dtype=BF16, seed=size) for size in sizes]
     layer[-1] = weights(9, 10, dtype=BF16).t()
     expected = [reference_perturb(w, SEED, 0.1, w.dtype, stream=i) for i, w in enumerate(layer)]
-    operands = [operand(w, stream=i) for i, w in enumerate(layer)]
+    operands = [operand_of(w, stream=i) for i, w in enumerate(layer)]
     assert len(run_perturb(operands, Directions(1, SEED, 0, 0.1))) == launches
     for w, right in zip(layer, expected, strict=True):
         assert_same_bits(w.contiguous(), right)
@@ -321,7 +305,7 @@ def test_programs_that_make_several_tiles(monkeypatch):
     monkeypatch.setattr(_triton, "_PROGRAMS", 2)
     layer = [weights(11 * WHOLE + 3), weights(5000)[1:], weights(30, 120)[:, :110]]
     expected = [reference_perturb(w, SEED, 0.1, w.dtype, stream=i) for i, w in enumerate(layer)]
-    operands = [operand(w, stream=i) for i, w in enumerate(layer)]
+    operands = [operand_of(w, stream=i) for i, w in enumerate(layer)]
     device = TritonDevice()
     (plan,) = perturb.triton_plans(device.parts(operands), F32, F32, Directions(1, SEED, 0, 0.1))
     assert plan.grid < 8
@@ -344,7 +328,7 @@ def test_seed_and_scale_in_device_memory(seed_there, scale_there):
         seeds=device.address(seed) if seed_there else 0,
         scales=device.address(scale) if scale_there else 0,
     )
-    run_perturb([operand(w)], directions, device)
+    run_perturb([operand_of(w)], directions, device)
     assert_same_bits(w, expected)
 
 
@@ -362,7 +346,7 @@ def run_accumulate(
         scales=device.address(held) if count else 0,
     )
     flag = torch.tensor([gate or 0], dtype=torch.int32)
-    target = operand(master if out is None else out, master, stream=2)
+    target = operand_of(master if out is None else out, master, stream=2)
     parts, at = device.parts([target]), 0 if gate is None else device.address(flag)
     dtypes = target.out.dtype, master.dtype
     device.run_plans(accumulate.triton_plans(parts, *dtypes, out is not None, directions, at))
@@ -407,10 +391,10 @@ def test_special_values_round_like_the_reference(dtype):
     for scale in (1.0, 0.0, largest / 4, 1e-30):
         w = torch.tensor(values).repeat(WHOLE // 8).to(dtype)
         expected = reference_perturb(w, SEED, scale, dtype)
-        run_perturb([operand(w)], Directions(1, SEED, 0, scale))
+        run_perturb([operand_of(w)], Directions(1, SEED, 0, scale))
         assert_same_bits(w, expected)
     w = torch.full((WHOLE + 1,), torch.nan, dtype=dtype)
-    run_perturb([operand(w)], Directions(1, SEED, 0, 1.0))
+    run_perturb([operand_of(w)], Directions(1, SEED, 0, 1.0))
     assert w.isnan().all()
 
 

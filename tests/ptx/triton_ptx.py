@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from bits import PAIRS
 from dlzo_kernels.ops._parts import Directions, Part
 from dlzo_kernels.ops._triton import Plan, compile_for, type_of
 from ptx.device import Device, kernel
@@ -31,7 +32,6 @@ TARGETS = {
 }
 
 F32, BF16, F16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
-PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]  # out and base
 
 
 def every_kernel() -> Iterator[tuple[str, Plan]]:

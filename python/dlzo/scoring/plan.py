@@ -35,12 +35,15 @@ class Plan:
         batch: the examples.
         packs: the inputs of the forwards, one each.
         readouts: where the scored tokens of each pack lie.
+        normalised: whether losses take all rows of the output embeddings, for the normaliser over
+            the vocabulary; without it the option tokens' rows are enough.
         notes: what is shared, and what this model does not allow.
     """
 
     batch: tuple[EncodedExample, ...]
     packs: tuple[Pack, ...]
     readouts: tuple[Readout, ...]
+    normalised: bool
     notes: tuple[str, ...]
 
     @property
@@ -58,23 +61,12 @@ class Plan:
         ]
         return max(lengths) * len(lengths)
 
-    @property
-    def one_token_options(self) -> bool:
-        """Whether the options of each example are single tokens at one position.
-
-        Then their common normaliser has no effect on losses and choices.
-        """
-        return all(
-            len(example.sequences) == 1 and all(len(o.targets) == 1 for o in example.options)
-            for example in self.batch
-        )
-
     def explain(self) -> str:
         """What is computed, and what is shared, in a few lines."""
         tokens = sum(len(tokens) for pack in self.packs for tokens in pack.places)
         options = sum(len(example.options) for example in self.batch)
         head = sum(len(readout.row) for readout in self.readouts)
-        rows = "the option tokens' rows" if self.one_token_options else "all rows"
+        rows = "all rows" if self.normalised else "the option tokens' rows"
         sequences = sum(len(pack.places) for pack in self.packs)
         return "\n".join(
             (
@@ -89,11 +81,15 @@ class Plan:
 
 
 def plan_of(
-    batch: Sequence[EncodedExample], packs: Iterable[Pack], notes: Iterable[str] = ()
+    batch: Sequence[EncodedExample],
+    packs: Iterable[Pack],
+    *,
+    normalised: bool = True,
+    notes: Iterable[str] = (),
 ) -> Plan:
     """The plan for a batch whose sequences lie in these packs."""
     packs = tuple(packs)
-    return Plan(tuple(batch), packs, tuple(_readouts(batch, packs)), tuple(notes))
+    return Plan(tuple(batch), packs, tuple(_readouts(batch, packs)), normalised, tuple(notes))
 
 
 def _readouts(batch: Sequence[EncodedExample], packs: Sequence[Pack]) -> Iterator[Readout]:
@@ -120,6 +116,17 @@ def _readouts(batch: Sequence[EncodedExample], packs: Sequence[Pack]) -> Iterato
 def gold_of(batch: Sequence[EncodedExample]) -> Tensor:
     """The number of each example's right option, int64."""
     return on_cpu([example.gold for example in batch])
+
+
+def has_one_token_options(batch: Iterable[EncodedExample]) -> bool:
+    """Whether the options of each example are single tokens at one position.
+
+    Then their common normaliser has no effect on choices, nor on the loss over options.
+    """
+    return all(
+        len(example.sequences) == 1 and all(len(o.targets) == 1 for o in example.options)
+        for example in batch
+    )
 
 
 def ids_in(batch: Iterable[EncodedExample]) -> Iterator[int]:

@@ -48,6 +48,11 @@ class Runner:
         self._head = model.get_output_embeddings()
 
     @property
+    def head_is_linear(self) -> bool:
+        """Whether logits can be had for some token ids alone."""
+        return _is_linear(self._head)
+
+    @property
     def length_multiple(self) -> int:
         """What the number of positions should be a multiple of."""
         # For each number of rows of a 16-bit matrix, torch compiles a kernel on CPUs, and keeps it.
@@ -67,15 +72,14 @@ class Runner:
             pack: the input.
             readout: where its scored tokens lie.
             states: of the tuned layer; none: the weights as they are.
-            normalised: without it they may lack a constant for each position and state.
+            normalised: without it they lack a constant for each position and state, and the option
+                tokens' rows of the output embeddings are enough, if these are linear.
             hidden: what the tuned layer sees, as of `layer_input`; None where it is computed.
         """
-        # Without the normaliser, the option tokens' rows of the output embeddings are enough.
-        restricted = not normalised and _is_linear(self._head)
         vocabulary, column = readout.target.unique(return_inverse=True)
         state_count = max(1, len(states))
         with ExitStack() as stack:
-            stack.enter_context(self._head_at(pack, readout, state_count, vocabulary, restricted))
+            stack.enter_context(self._head_at(pack, readout, state_count, vocabulary, normalised))
             if self.last_mlp is not None:
                 rows, multiple = len(pack.inputs["input_ids"]), self.length_multiple
                 places = readout.row, readout.column
@@ -90,10 +94,10 @@ class Runner:
             raise unsupported(self.model, "does not apply its output embeddings once to all tokens")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits[0].unflatten(0, (state_count, -1))
-        found = logits[:, readout.position, column if restricted else readout.target]
-        if not restricted:
-            found = found - logits.logsumexp(-1)[:, readout.position]
-        return found.cpu()
+        if not normalised:
+            return logits[:, readout.position, column].cpu()
+        normaliser = logits.logsumexp(-1)[:, readout.position]
+        return (logits[:, readout.position, readout.target] - normaliser).cpu()
 
     def layer_input(self, pack: Pack) -> Tensor:
         """What the tuned layer sees, on the CPU: shape (rows, length, hidden size)."""
@@ -112,13 +116,13 @@ class Runner:
             return self.model(**inputs, use_cache=False)
 
     def _head_at(
-        self, pack: Pack, readout: Readout, states: int, vocabulary: Tensor, restricted: bool
+        self, pack: Pack, readout: Readout, states: int, vocabulary: Tensor, normalised: bool
     ) -> AbstractContextManager[None]:
         """Lets the model apply its head to the read positions only, and sharper.
 
         The logits have shape (1, states * positions, vocabulary size), those of the token ids in
         `vocabulary` computed in float32 at least: bfloat16 rounds a logit of 16 to a multiple of
-        1/8, more than a step changes it. `restricted` leaves all others out.
+        1/8, more than a step changes it. All others are left out if not `normalised`.
         """
         head, own_forward = self._head, self._head.forward
         shape = (states * len(pack.inputs["input_ids"]), pack.inputs["input_ids"].shape[1])
@@ -135,7 +139,7 @@ class Runner:
             bias = None if head.bias is None else head.bias[vocabulary].to(dtype)
             with torch.autocast(hidden.device.type, enabled=False):
                 exact = F.linear(hidden.to(dtype), head.weight[vocabulary].to(dtype), bias)
-            if restricted:
+            if not normalised:
                 return exact
             logits = own_forward(hidden).to(dtype)
             logits[..., vocabulary] = exact

@@ -26,7 +26,7 @@ from dlzo.scoring.encoding import (
 )
 from dlzo.scoring.forward import State
 from dlzo.scoring.layout import Pack, Tokens, grow_trees, on_cpu, pack_trees, pad_rows
-from dlzo.scoring.plan import Plan, gold_of, ids_in, plan_of
+from dlzo.scoring.plan import Plan, gold_of, has_one_token_options, ids_in, plan_of
 from dlzo.scoring.prefix import FrozenWeights, PrefixCache
 from dlzo.scoring.runner import Runner
 from dlzo.scoring.trial import Trial
@@ -66,6 +66,10 @@ class Scorer:
         trees_problem: why sequences are padded; None where they are packed.
         states_problem: why states take turns; None where they run side by side.
         cache_problem: why nothing is cached; None where it is.
+
+    Raises:
+        UserError: the loss is not known, weights are not in memory, a tuned layer is outside the
+            model or not run on a text alone, or the model looks at later tokens.
     """
 
     def __init__(
@@ -129,7 +133,9 @@ class Scorer:
         cache = self._bound_cache()
         cached = {tokens for tokens in sequences if cache is not None and tokens in cache}
         packs = (*self.lay_out(cached), *self.lay_out(sequences - cached))
-        return plan_of(batch, packs, self._notes(len(cached)))
+        shortened = self.loss == "options" and self.runner.head_is_linear
+        normalised = not (shortened and has_one_token_options(batch))
+        return plan_of(batch, packs, normalised=normalised, notes=self._notes(len(cached)))
 
     def lay_out(self, sequences: set[Tokens]) -> Iterator[Pack]:
         """Packs of the sequences: trees end to end, or a row for each where they see each other."""
@@ -157,14 +163,14 @@ class Scorer:
         The sum goes over examples for the loss "options", over tokens for "gold"; so the parts of a
         batch add up.
         """
-        return self._loss_sums(self._scores(plan, states, self._needs_normaliser(plan)), plan)
+        return self._loss_sums(self._scores(plan, states, plan.normalised), plan)
 
     def evaluate(self, plan: Plan) -> tuple[int, float, int]:
         """(hits, sum, weight): how often the gold option scores best, and `loss_sums`.
 
         Of equal scores the first option counts.
         """
-        scores = self._scores(plan, (), self._needs_normaliser(plan))
+        scores = self._scores(plan, (), plan.normalised)
         hits = scores[0].argmax(dim=-1) == gold_of(plan.batch)
         (total,), weight = self._loss_sums(scores, plan)
         return int(hits.sum()), total, weight
@@ -197,9 +203,6 @@ class Scorer:
                 for tokens in missing:
                     row, columns = pack.places[tokens]
                     cache.put(tokens, hidden[row, columns], neighbours)
-
-    def _needs_normaliser(self, plan: Plan) -> bool:
-        return self.loss == "gold" or not plan.one_token_options
 
     def _loss_sums(self, scores: Tensor, plan: Plan) -> tuple[list[float], int]:
         gold = gold_of(plan.batch)
@@ -303,12 +306,13 @@ class Scorer:
         """The tuned layer's input if all of it is cached: shape (rows, length, hidden size)."""
         if cache is None:
             return None
-        shape = (*pack.inputs["input_ids"].shape, self._hidden_size)
-        hidden = torch.zeros(shape, dtype=self.model.dtype, device="cpu")
+        shape, hidden = (*pack.inputs["input_ids"].shape, self._hidden_size), None
         for tokens, (row, columns) in pack.places.items():
             cached = cache.get(tokens)
             if cached is None:
                 return None
+            if hidden is None:
+                hidden = cached.new_zeros(shape)  # some models add up in float32
             hidden[row, columns] = cached
         return hidden
 
