@@ -122,11 +122,18 @@ def test_the_best_weights_are_kept_not_the_last(data, tmp_path, monkeypatch):
     assert same(state(model), seen[2])
 
 
-def test_the_probe_finds_the_layer(data, tmp_path, monkeypatch):
-    decision = SimpleNamespace(layer=2, verdict="sharp")
-    monkeypatch.setattr(trainer, "probe", lambda *_: SimpleNamespace(decision=decision))
+@pytest.mark.parametrize("verdict", ["dominant", "ambiguous"])
+@pytest.mark.parametrize("depends_on", [[], ["first 8 tokens"]], ids=str)
+def test_the_probe_finds_the_layer_and_says_if_it_is_in_doubt(
+    data, tmp_path, monkeypatch, caplog, verdict, depends_on
+):
+    decision = SimpleNamespace(layer=2, verdict=verdict, reason="1 is as high")
+    report = SimpleNamespace(decision=decision, depends_on=depends_on)
+    monkeypatch.setattr(trainer, "probe", lambda *_: report)
     metrics = train(tiny_model(), TOKENIZER, replace(SHORT, layer=None), data, tmp_path / "out")
     assert metrics["layers"] == [2]
+    assert ("1 is as high" in caplog.text) == (verdict == "ambiguous")
+    assert ("another from first 8 tokens" in caplog.text) == bool(depends_on)
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch):

@@ -476,10 +476,18 @@ def _find_layers(
     """The layers to tune: those given, or the dominant one; none for all of them."""
     if config.layers or config.method != "dominant":
         return config.layers
-    decision = probe(model, tokenizer).decision
+    report = probe(model, tokenizer)
+    decision = report.decision
     if decision.layer is None:
         raise UserError(
             f"the probe finds no dominant layer in {model.name_or_path!r} ({decision.verdict}): "
             f"choose one of its {len(decoder_layers(model))} with --layer"
+        )
+    doubts = [decision.reason] if decision.verdict == "ambiguous" else []
+    if report.depends_on:
+        doubts.append(f"it finds another from {', '.join(report.depends_on)}")
+    if doubts:
+        _log.warning(
+            "layer %d is tuned, and the probe in doubt: %s", decision.layer, "; ".join(doubts)
         )
     return (decision.layer,)
