@@ -150,15 +150,17 @@ class FrozenWeights:
         return self._fingerprint
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        layers = decoder_layers(self._model)
-        own = list(layers).index(self._layer)
-        above = {id(p) for layer in layers[own:] for p in layer.parameters()}
-        above -= {id(p) for layer in layers[:own] for p in layer.parameters()}
-        for name, parameter in self._model.named_parameters():
-            if id(parameter) not in above:
-                yield name, parameter
-        # What a checkpoint has beside parameters, such as the biases that choose experts.
+        layers = list(decoder_layers(self._model))
+        own = layers.index(self._layer)
+        above = {id(module) for layer in layers[own:] for module in layer.modules()}
+        above -= {id(module) for layer in layers[:own] for module in layer.modules()}
         for prefix, module in self._model.named_modules():
+            if id(module) in above:
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{prefix}.{name}", parameter
+            # What a checkpoint has beside parameters, such as the biases that choose experts.
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     yield f"{prefix}.{name}", buffer
