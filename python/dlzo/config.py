@@ -56,7 +56,8 @@ class TrainConfig:
         lr_decay: how it falls towards 0 over the steps: "none", "linear" or "cosine".
         lr_per_spread: whether each step divides it by the standard deviation of its own losses, as
             FZOO does (arXiv 2506.09034, there with one-sided differences); a good lr is then
-            smaller, by about that deviation, and more directions make it steadier.
+            smaller, by about that deviation. It takes several directions: with one, every step has
+            the same length, whatever its losses.
         weight_decay: before it moves, a step multiplies matrices by 1 - lr * weight_decay.
         seed: fixes the order of the examples and every perturbation.
         eval_every: steps from one validation to the next; the last step is always validated.
