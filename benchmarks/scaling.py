@@ -185,7 +185,8 @@ def draw(rows: list[dict[str, str]]) -> None:
     for i, variant in enumerate(FIELDS[2:5]):
         places = [place + 0.28 * (i - 1) for place in range(len(memory))]
         last.bar(places, [float(row[variant]) for row in memory], 0.26)
-    last.set_xticks(range(len(memory)), [row["x"] for row in memory], fontsize=8)
+    labels = [row["x"].replace(" of ", " of\n").replace(" on ", " on\n") for row in memory]
+    last.set_xticks(range(len(memory)), labels, fontsize=8)
     last.set(xlabel="peak memory", ylabel="MB")
     figure.savefig(FIGURE, dpi=150)
 
