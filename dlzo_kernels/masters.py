@@ -69,7 +69,7 @@ class Tuned:
     name: str
     given: Tensor  # whose writes autograd counts: a DTensor, or the live weights themselves
     live: Tensor
-    operand: Operand  # as the kernels take it, in the memory that it has now
+    operand: Operand  # as the kernels take it, in the memory where it was adopted
     entry: _Entry
     moves: int  # of the master so far
 

@@ -6,7 +6,7 @@ import signal
 import threading
 from _signal import getsignal  # that of `signal` makes an enumeration of each answer: 18 us a step
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -45,15 +45,9 @@ class Held:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._handle:  # unless user code has set its own
                 signal.signal(number, _still_open(number, handler))
-        self._raise_late()
-
-    def _raise_late(self) -> None:
-        """All of them, though each may raise."""
-        if self._late:
-            try:
-                signal.raise_signal(self._late.pop(0))
-            finally:
-                self._raise_late()
+        with ExitStack() as late:  # which goes on where one raises
+            for number in reversed(self._late):
+                late.callback(signal.raise_signal, number)
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

@@ -208,6 +208,19 @@ def test_each_signal_that_has_to_wait_is_passed_on_though_one_raises():
     assert seen == list(numbers)
 
 
+def test_thousands_of_signals_may_have_to_wait():
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(0))
+    try:
+        with signals.Held(__file__):
+            for _ in range(3000):
+                signal.raise_signal(signal.SIGUSR1)
+            assert not seen
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(seen) == 3000
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1])
 def test_a_signal_while_the_weights_are_written_waits_for_the_end(monkeypatch, number):
     from dlzo_kernels.ops import perturb as module

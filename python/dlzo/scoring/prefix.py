@@ -172,6 +172,6 @@ class FrozenWeights:
         device, releases = self._model.device, (torch.__version__, __version__)
         rounding = device.type, roundings(device), torch.get_num_threads(), *releases
         digest = hashlib.sha256(f"{config} {attention} {rounding}".encode())
-        for name, tensor in tensors:
+        for name, tensor in {id(t): (name, t) for name, t in tensors}.values():  # tied ones once
             hash_tensor(digest, name, tensor)
         return digest.hexdigest()
