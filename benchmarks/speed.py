@@ -7,7 +7,8 @@ DIR holds a folder for each task with its train.jsonl. The model is SmolLM2-135M
 round. A round runs every variant in turn, one that takes less than ten seconds three times, of
 which the median counts; nothing else may be running. A round is run for every task before the next
 one. Each time is appended to results/speed.csv and not measured again, so a run that was stopped
-goes on; the table (results/speed_table.csv) and the figure are made of what is there.
+goes on; the table (results/speed_table.csv) and the figure are made of what is there. Without
+--data nothing is measured.
 """
 
 from __future__ import annotations
@@ -240,12 +241,13 @@ def draw(table: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    measure(arguments.data, arguments.tasks, arguments.dtypes, arguments.rounds)
+    if arguments.data:
+        measure(arguments.data, arguments.tasks, arguments.dtypes, arguments.rounds)
     table = tabulate()
     draw(table)
     for dtype in DTYPES:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import disk_offload
@@ -145,6 +148,7 @@ def test_constants_have_the_room_that_the_docs_say(
         pytest.param([5.0], None, id="one layer"),
         pytest.param([5.0, 5000.0], None, id="two layers"),
         pytest.param([1000.0, *[10.0] * 20], None, id="a fall"),
+        pytest.param([*[10.0] * 10, 3000.0, *[12.0] * 10], None, id="not carried on"),
     ],
 )
 def test_traps(profile: list[float], layer: int | None) -> None:
@@ -154,7 +158,17 @@ def test_traps(profile: list[float], layer: int | None) -> None:
 def test_a_rescaled_stream_has_no_outlier_layer() -> None:
     absmax = [10.0] * 5 + [1000.0] * 10
     assert decide(absmax, [5.0] * 5 + [800.0] * 10).layer == 5
-    assert decide(absmax, [5.0] * 15).layer is None
+    rescaled = decide(absmax, [5.0] * 15)
+    assert rescaled.layer is None
+    assert "no layer makes a step of 3x that lasts and raises the kurtosis too" in rescaled.reason
+
+
+@pytest.mark.parametrize("profile", [[5.0], [5.0, 5000.0]])
+def test_too_few_layers_are_no_evidence(profile: list[float]) -> None:
+    decision = decide(profile)
+    assert decision.verdict == "none"
+    assert decision.confidence == 0
+    assert "too few" in decision.reason
 
 
 positive = st.floats(1e-30, 1e30)
@@ -195,10 +209,21 @@ def test_one_step_is_found(before: int, after: int, factor: float, level: float)
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_bad_values_are_named(value: float) -> None:
-    with pytest.raises(UserError, match=r"max\|h\| of layer 1 is "):
+    with pytest.raises(UserError, match=r"max\|h\| of layer 1 is .* positive finite number"):
         decide([1.0, value, 2.0])
-    with pytest.raises(UserError, match="the kurtosis of layer 2 is "):
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_a_bad_kurtosis_is_named(value: float) -> None:
+    with pytest.raises(UserError, match=r"the kurtosis of layer 2 is .* a finite number"):
         decide([1.0, 2.0, 3.0], [3.0, 3.0, value])
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, iter, tuple])
+def test_figures_come_in_any_form(kind: Callable[[list[float]], Any]) -> None:
+    absmax, excess = [2.5, *[2450.0] * 6, 900.0], [-0.4, *[5000.0] * 6, 300.0]
+    assert decide(kind(absmax), kind(excess)) == decide(absmax, excess)
+    assert decide(absmax, excess).layer == 1
 
 
 def test_bad_lengths() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -151,17 +151,19 @@ def directions(
     kept: list[Tensor] = []
 
     def place(values: Any, dtype: torch.dtype) -> tuple[Any, int]:
-        # Those of one step are equal, so that a graph can hold it; scales may be 0.0 and -0.0.
-        if isinstance(values, Sequence):
-            distinct = values if dtype is torch.float32 else set(values)
-            if len(distinct) <= 1:
-                return next(iter(values), 0), 0
-        if not isinstance(values, Sequence | Tensor):
+        if not isinstance(values, Iterable):
             return values, 0
-        if isinstance(values, range):  # without a copy, which a graph would have to repeat
-            values = torch.arange(values.start, values.stop, dtype=torch.int32, device=device)
-        elif isinstance(values, Sequence):
-            values = to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
+        if not isinstance(values, Tensor):
+            numbers = [*map(float if dtype is torch.float32 else int, values)]
+            # Those of one step are equal, so that a graph can hold it; scales may be 0.0 and -0.0.
+            if len(numbers if dtype is torch.float32 else set(numbers)) <= 1:
+                return next(iter(numbers), 0), 0
+            if isinstance(values, range) and dtype is torch.uint32:
+                # Without a copy, which a graph would have to repeat.
+                span = values.start, values.stop, values.step
+                values = torch.arange(*span, dtype=torch.int32, device=device)
+            else:
+                values = to_device(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
         kept.append(values)
         return 0, values.data_ptr()
 

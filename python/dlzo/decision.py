@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -49,31 +49,32 @@ class Decision:
     reason: str
 
 
-def decide(absmax: Sequence[float], kurtosis: Sequence[float] | None = None) -> Decision:
+def decide(absmax: Iterable[float], kurtosis: Iterable[float] | None = None) -> Decision:
     """Find the dominant layer from the largest |h| of each layer's output, layer 0 first.
 
     A layer is a candidate if max|h| rises steeply there: by `EMERGENCE_RISE` or more within the
     three layers around it, so that an emergence in several steps counts, and by `MIN_JUMP` or more
-    at the layer itself. The kurtosis, if given, must rise as well, or the layer only scales all of
-    the stream. Of the candidates, the dominant layer is the one which best splits the profile of
-    log max|h| into low before and high from there on (the CUSUM statistic of a change in mean): a
-    rise that does not last, or that a later one dwarfs, loses to another one. The last layer is not
-    looked at: nothing carries its output on, and many models rise or fall there.
+    at the layer itself, which the next one must carry on. The kurtosis, if given, must rise as
+    well, or the layer only scales all of the stream. Of the candidates, the dominant layer is the
+    one which best splits the profile of log max|h| into low before and high from there on (the
+    CUSUM statistic of a change in mean): a rise that a later one dwarfs loses to it. The last layer
+    is not looked at: nothing carries its output on, and many models rise or fall there.
 
     Args:
         absmax: max|h| of each layer's output, positive and finite.
-        kurtosis: of each layer's output, as many.
+        kurtosis: of each layer's output, as many, finite.
 
     Returns:
         The layer, None where there is none, with the verdict, a confidence in [0, 1], the layer
         with the next largest jump, and the reason in words.
 
     Raises:
-        UserError: a list is empty, the lengths differ, or a value is not positive and finite.
+        UserError: a list is empty, the lengths differ, or a value is not finite, or a maximum not
+            positive.
     """
-    _check_profile("max|h|", absmax)
+    absmax = _checked("max|h|", absmax, above=0.0)
     if kurtosis is not None:
-        _check_profile("the kurtosis", kurtosis)
+        kurtosis = _checked("the kurtosis", kurtosis, above=-math.inf)  # the excess may be negative
         if len(kurtosis) != len(absmax):
             raise UserError(
                 f"there are {len(absmax)} maxima and {len(kurtosis)} kurtoses: give one per layer"
@@ -86,7 +87,7 @@ def decide(absmax: Sequence[float], kurtosis: Sequence[float] | None = None) -> 
         i
         for i in range(1, len(level))
         if rises[i] >= math.log2(EMERGENCE_RISE)
-        and jumps[i] >= math.log2(MIN_JUMP)
+        and min(level[i : i + 2]) - level[i - 1] >= math.log2(MIN_JUMP)
         and (kurtosis is None or kurtosis[i] > kurtosis[i - 1])
     ]
     if not candidates:
@@ -105,15 +106,19 @@ def decide(absmax: Sequence[float], kurtosis: Sequence[float] | None = None) -> 
     return Decision(layer, verdict, confidence, runner_up, reason)
 
 
-def _check_profile(name: str, values: Sequence[float]) -> None:
-    if not values:
+def _checked(name: str, values: Iterable[float], above: float) -> list[float]:
+    """The values as plain numbers: they come from arrays and tensors too."""
+    found = [float(value) for value in values]
+    if not found:
         raise UserError(f"{name} is given for no layer: the profile needs one value per layer")
-    for layer, value in enumerate(values):
-        if not (math.isfinite(value) and value > 0):
+    kind = "a positive finite" if above == 0 else "a finite"
+    for layer, value in enumerate(found):
+        if not (math.isfinite(value) and value > above):
             raise UserError(
-                f"{name} of layer {layer} is {value}, not a positive finite number: "
+                f"{name} of layer {layer} is {value}, not {kind} number: "
                 "load the model in bfloat16 or float32, and check its weights"
             )
+    return found
 
 
 def _contrast(level: Sequence[float], split: int) -> float:
@@ -124,13 +129,19 @@ def _contrast(level: Sequence[float], split: int) -> float:
 
 
 def _no_emergence(level: Sequence[float], rises: Sequence[float]) -> Decision:
-    steepest = max(rises, default=0.0)
-    growth = median(level[len(level) // 2 :]) if level else 0.0
+    if len(level) < 2:
+        reason = "a rise is seen between two layers, the last one left out, and there are too few"
+        return Decision(None, "none", 0.0, None, reason)
+    steepest = max(rises)
+    growth = median(level[len(level) // 2 :])
     verdict: Verdict = "gradual" if growth >= math.log2(GRADUAL_GROWTH) else "none"
     confidence = max(0.0, 1 - steepest / math.log2(EMERGENCE_RISE))
+    stands_out = "stands out"
+    if confidence == 0:
+        stands_out = f"makes a step of {MIN_JUMP:g}x that lasts and raises the kurtosis too"
     reason = (
         f"max|h| grows {_factor(growth)} over the layers and at most {_factor(steepest)} "
-        "within three of them: no layer stands out"
+        f"within three of them: no layer {stands_out}"
     )
     return Decision(None, verdict, round(confidence, 3), None, reason)
 

@@ -42,8 +42,8 @@ def joined() -> Iterator[None]:
         yield
         return
     with _reaching_all():
-        # gloo for the sums, which are on the CPU; with a GPU, nccl beside it.
-        dist.init_process_group(timeout=TIMEOUT)
+        # Beside a GPU torch would take nccl alone, and what is sent lies on the CPU.
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     ended: SystemExit | None = None
     try:
         try:
