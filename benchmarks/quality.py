@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -293,7 +293,7 @@ def sweep(bench: Bench, task: str) -> list[dict[str, Any]]:
                 name: f"{mean(float(row[f'final_validation_{name}']) for row in found):.4f}"
                 for name in ("loss", "accuracy")
             },
-            "step_ms": round(mean(float(row["step_ms"]) for row in found)),
+            "step_ms": round(median(float(row["step_ms"]) for row in found)),
         }
         for (layer, lr), found in sorted(cells.items())
     ]
@@ -366,7 +366,7 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
         "mean": f"{mean(values):.4f}",
         "stdev": f"{stdev(values):.4f}" if len(values) > 1 else "",
         "loss": f"{mean(float(row['test_loss']) for row in rows):.4f}",
-        "step_ms": round(mean(float(row["step_ms"]) for row in rows)) if timed else "",
+        "step_ms": round(median(float(row["step_ms"]) for row in rows)) if timed else "",
     }
 
 

@@ -7,7 +7,7 @@ matters; SmolLM2-135M-Instruct (de-quantised Q4_1) in bfloat16, and random Llama
 Variants run in turn, medians are kept; nothing else may be running. The peak memory is that of a
 process of its own, once its model is loaded: of steps, and of whole runs on the demo's sentences,
 evaluation and all, against two inferences of their first batch. Lands in results/scaling.csv and
-docs/scaling.png.
+docs/scaling.png; with --draw only the figure is made, of the file that is there.
 """
 
 from __future__ import annotations
@@ -193,12 +193,14 @@ def draw(rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         use_memory(*arguments.memory_of)
         return
-    write_rows(RESULTS, [dict(zip(FIELDS, row, strict=True)) for row in measure()])
+    if not arguments.draw:
+        write_rows(RESULTS, [dict(zip(FIELDS, row, strict=True)) for row in measure()])
     draw(read_rows(RESULTS))
 
 

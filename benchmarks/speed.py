@@ -120,13 +120,18 @@ def mezo_step_with_kernels(model: PreTrainedModel, batch: Batch, seed: int) -> N
 def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int) -> None:
     """Runs what is not yet in TIMES."""
     done = {tuple(row[name] for name in FIELDS[:4]) for row in read_rows(TIMES)}
+    rows = {task: load_split(get_task(task), data / task, "train") for task in tasks}
     for dtype in dtypes:
+        missing = [
+            (number, task)
+            for number, task in itertools.product(range(1, rounds + 1), tasks)
+            if not done.issuperset((dtype, task, str(number), variant) for variant in VARIANTS)
+        ]
+        if not missing:
+            continue
         contestants = Contestants(dtype)
         warm: set[str] = set()
-        rows = {task: load_split(get_task(task), data / task, "train") for task in tasks}
-        for number, task in itertools.product(range(1, rounds + 1), tasks):
-            if done.issuperset((dtype, task, str(number), variant) for variant in VARIANTS):
-                continue
+        for number, task in missing:
             examples = batch_of(rows[task], 0, number, BATCH_SIZE)
             steps = contestants.steps(task, examples, step_seed(0, number))
             for variant, positions, step in steps:
