@@ -133,8 +133,13 @@ def test_not_a_gguf(tmp_path: Path, content: bytes) -> None:
 
 
 def test_dtype_is_refused_before_loading() -> None:
-    with pytest.raises(UserError, match=r"torch.int8 is not supported"):
+    with pytest.raises(UserError, match=r"dtype 'int8' is not supported"):
         load_model("/no/such/folder", dtype=torch.int8)
+
+
+def test_a_path_a_name_of_a_dtype_and_a_device_are_taken(folder: Path) -> None:
+    model, _ = load_model(folder, dtype="float16", device=torch.device("cpu"))
+    assert (model.name_or_path, model.dtype) == (str(folder), torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -182,31 +182,33 @@ def sole_use(model: nn.Module) -> Iterator[None]:
 
 
 def load_model(
-    name_or_path: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.bfloat16,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in eval mode, and its tokenizer.
 
     Args:
         name_or_path: a local folder, a GGUF file (its weights are de-quantised), the id of a model
             on the Hugging Face hub, or `smollm2`.
-        dtype: the type of the weights: float32, bfloat16 or float16.
-        device: where they lie: cpu, cuda, or cuda:1 for the second GPU.
+        dtype: the type of the weights, or its name: float32, bfloat16 or float16.
+        device: where they lie, or its name: cpu, cuda, or cuda:1 for the second GPU.
 
     Raises:
         UserError: there is no such model or device, the model cannot be read, or it does not fit
             into memory.
     """
-    if dtype not in DTYPES.values():
-        raise UserError(f"{dtype} is not supported: choose one of {', '.join(DTYPES)}")
-    place = parse_device(device)
-    source, options = _resolve(name_or_path)
-    model, tokenizer = _load(name_or_path, source, options, dtype)
-    model.name_or_path = name_or_path
+    name, dtype = str(name_or_path), parse_dtype(str(dtype).removeprefix("torch."))
+    place = parse_device(str(device))
+    source, options = _resolve(name)
+    model, tokenizer = _load(name, source, options, dtype)
+    model.name_or_path = name
     try:
         # The decorator of transformers takes `to` for a function.
         return model.to(place), tokenizer  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(name_or_path, source, options, dtype) from error
+        raise _out_of_memory(name, source, options, dtype) from error
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
