@@ -139,6 +139,7 @@ BAD = {
     "index": (changed(FIXED, prompt="{a[0]}"), r"key 'prompt': {a\[0\]} is no field"),
     "no options": (changed(FIXED, options=None), "key 'options' must be a list"),
     "one option": (changed(FIXED, options=["a"]), "key 'options' must be a list of two"),
+    "the same options": (changed(FIXED, options=[" a", " b", " a "]), "option ' a' is there twice"),
     "options": (changed(FIXED, options=["a", ["b"]]), r"key 'options\[1\]' holds no text"),
     "text as options": (changed(FIXED, options="a"), "key 'options' is one text"),
     "option's brace": (changed(FIXED, options=["a", "}"]), r"key 'options\[1\]': "),
@@ -180,7 +181,12 @@ BAD_ROWS = {
     "no object": (OF_THE_ROW, {"question": "Who?"}, r"no field 'question\.stem'"),
     "twice": (
         OF_THE_ROW.replace(", or {{b}}", ""),
-        {"question": {"stem": "?"}, "a": "A", "b": "A", "right": "A"},
+        {"question": {"stem": "?"}, "a": "A", "b": "A ", "right": 0},
+        "option ' A' is there twice",
+    ),
+    "a label of two": (
+        OF_THE_ROW.replace(", or {{b}}", ""),
+        {"question": {"stem": "?"}, "a": "A", "b": " A", "right": "A"},
         "text of one option",
     ),
     "no list": (LISTED, {"start": "a", "choices": {"text": "b"}, "right": 0}, "must be a list"),

@@ -37,7 +37,7 @@ def example(tmp_path, monkeypatch):
 
 def test_the_described_task_is_trained(example, run):
     (command,) = blocks("command")
-    small = "--layer 1 --steps 2 --batch-size 2 --eval-every 1"
+    small = "--layer 1 --steps 2 --eval-every 1"
     command = command.replace("smollm2", "tiny").replace("--layer 11", small)
     program, *arguments = shlex.split(command)
     assert program == "dlzo" and run(*arguments)[0] == 0
@@ -75,7 +75,7 @@ def test_the_registered_task_is_trained(example, monkeypatch):
         (Path("headlines") / f"{split}.jsonl").write_text(text)
     load_model = dlzo.load_model
     monkeypatch.setattr(dlzo, "load_model", lambda name: load_model("tiny"))
-    small = "layer=1, steps=2, batch_size=2, eval_every=1"
+    small = "layer=1, steps=2, eval_every=1"
     names = {}
     exec(code.replace("layer=11", small), names)
     assert names["metrics"]["task"] == "headlines"

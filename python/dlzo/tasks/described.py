@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -127,6 +127,7 @@ def _parse_options(
             "a generated answer has 'answers' in its place"
         )
     texts = {f"options[{i}]": option for i, option in enumerate(given)}
+    _check_distinct([_text(texts, key) for key in texts])
     templates = [_Template.parse(key, _text(texts, key)) for key in texts]
     fields = tuple(field for template in templates for field in template.fields)
     return lambda row: tuple(template.render(row) for template in templates), fields
@@ -137,6 +138,7 @@ def _choice(
 ) -> Render:
     def render(row: Mapping[str, Any]) -> Example:
         text, choices = prompt.render(row), options(row)
+        _check_distinct(choices)
         for option in choices:
             if _GLUED.fullmatch(text[-1:] + option[:1]):
                 raise ValueError(
@@ -146,6 +148,14 @@ def _choice(
         return Example(text, choices, _gold(label, value_of(row, label), choices))
 
     return render
+
+
+def _check_distinct(options: Sequence[str]) -> None:
+    """Refuses options that are the same text: spaces at its end are not scored."""
+    texts = [option.rstrip(" ") for option in options]
+    for text in texts:
+        if texts.count(text) > 1:
+            raise ValueError(f"option {text[:60]!r} is there twice: give texts that differ")
 
 
 def _gold(label: str, value: int | str, options: tuple[str, ...]) -> int:
