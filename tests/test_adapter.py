@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dlzo.adapter import load_adapter, read_config, save_adapter
+from dlzo.adapter import check_adapter, load_adapter, read_config, save_adapter
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers
+from dlzo.models import HUB_TIMEOUT_S, decoder_layers
 from dlzo.target import Target, weights_fingerprint
 from dlzo.trainer import train
 from runs import CONFIG, TOKENIZER, rewrite_config, same, state, write_data
@@ -69,15 +70,23 @@ def test_an_adapter_is_fetched_by_its_hub_id(adapter, monkeypatch):
     folder, tuned = adapter
     asked = []
 
-    def download(repository, name):
-        asked.append((repository, name))
+    def info(_, repository, timeout):
+        asked.append((repository, timeout))
+        if len(asked) > 2:
+            raise OfflineModeIsEnabled("offline")
+
+    def download(repository, name, local_files_only):
+        asked.append((repository, name, local_files_only))
         return str(folder / name)
 
+    monkeypatch.setattr("dlzo.adapter.HfApi.model_info", info)
     monkeypatch.setattr("dlzo.adapter.hf_hub_download", download)
     model = base(adapter)
     load_adapter(model, "someone/tuned")
-    assert asked == [("someone/tuned", "adapter_model.safetensors")]
     assert same(state(model), tuned)
+    assert read_config("someone/tuned")["layers"] == [LAYER]  # out of reach, it is in the cache
+    once, name = ("someone/tuned", HUB_TIMEOUT_S), ("someone/tuned", "adapter_model.safetensors")
+    assert asked == [once, (*name, False), once, (*name, True)]
 
 
 def test_weights_file_holds_the_tuned_layer_alone_by_the_names_of_peft(adapter):
@@ -225,10 +234,26 @@ def test_the_adapter_of_a_run_knows_the_whole_model(tmp_path, caplog):
     assert "whose other weights are not those of this one" in caplog.text
 
 
-def test_a_mistyped_folder_is_not_looked_up(monkeypatch):
+def test_a_mistyped_folder_is_not_looked_up(monkeypatch, tmp_path):
     monkeypatch.setattr("dlzo.adapter.hf_hub_download", None)
     with pytest.raises(UserError, match="is not a folder"):
         load_adapter(tiny_model(), "mistyped")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file' is a file: give the folder of adapter_model"):
+        load_adapter(tiny_model(), tmp_path / "file")
+
+
+def test_a_missing_adapter_costs_one_request(monkeypatch):
+    def unreachable(*_, timeout):
+        asked.append(timeout)
+        raise HTTPError("no network")
+
+    asked = []
+    monkeypatch.setattr("dlzo.adapter.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", None)
+    with pytest.raises(UserError, match="'runs/out' is not a folder and cannot be fetched"):
+        check_adapter("runs/out", torch.float32)
+    assert asked == [HUB_TIMEOUT_S]
 
 
 def test_fingerprint_sees_shape_and_dtype():

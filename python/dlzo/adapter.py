@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from dlzo.config import MAX_RANK
 from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file, replace_text, user_path
 from dlzo.lora import NAME, Lora
-from dlzo.models import dtype_name
+from dlzo.models import HUB_TIMEOUT_S, dtype_name
 from dlzo.target import Target, weights_fingerprint
 
 _log = logging.getLogger("dlzo")
@@ -102,12 +103,7 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
     """
     path = _find(path_or_hub_id)
     config, tensors = _read(path)
-    dtype = dtype_name(model.dtype)
-    if config["dtype"] != dtype:
-        raise UserError(
-            f"adapter {str(path)!r} is for a {config['dtype']} model and this one is {dtype}: "
-            f"load the model in {config['dtype']}"
-        )
+    _check_dtype(path, config, model.dtype)
     target = _target(path, config, model)
     parameters = _parameters(target)
     with target.undone_by_error():
@@ -117,6 +113,21 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return config
+
+
+def check_adapter(path_or_hub_id: str | Path, dtype: torch.dtype) -> Path:
+    """What can be told of an adapter without its model, before that is loaded.
+
+    Returns:
+        The folder that holds it; of a hub id, where it was fetched to.
+
+    Raises:
+        UserError: it is missing, damaged or for a model of another dtype.
+    """
+    path = _find(path_or_hub_id)
+    with _opened(path) as (config, _):
+        _check_dtype(path, config, dtype)
+    return path.parent
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -140,6 +151,14 @@ def _target(path: Path, config: Mapping[str, Any], model: PreTrainedModel) -> Ta
             f"adapter {str(path)!r} does not fit the model ({error}): load its base model, "
             f"{config['base_model']!r}"
         ) from error
+
+
+def _check_dtype(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    if config["dtype"] != dtype_name(dtype):
+        raise UserError(
+            f"adapter {str(path)!r} is for a {config['dtype']} model and this one is "
+            f"{dtype_name(dtype)}: load the model in {config['dtype']}"
+        )
 
 
 def _check_base(path: Path, config: Mapping[str, Any], target: Target) -> None:
@@ -168,19 +187,31 @@ def _parameters(target: Target) -> dict[str, nn.Parameter]:
 
 def _find(path_or_hub_id: str | Path) -> Path:
     name = str(path_or_hub_id)
-    if name and (folder := user_path(name)).is_dir():
+    if name and (folder := user_path(name)).exists():
+        if not folder.is_dir():
+            raise UserError(f"adapter {name!r} is a file: give the folder of {WEIGHTS_FILE}")
         return folder / WEIGHTS_FILE
     try:
         # A mistyped folder costs no look-up on the hub.
         if "/" not in name:
             raise ValueError(f"{name!r} is no OWNER/NAME")
-        return Path(hf_hub_download(name, WEIGHTS_FILE))
+        cached_only = not _is_on_hub(name)
+        return Path(hf_hub_download(name, WEIGHTS_FILE, local_files_only=cached_only))
     # The hub's errors, and what it raises for a name that can be none of its own.
     except (OSError, ValueError) as error:
         raise UserError(
             f"adapter {name!r} is not a folder and cannot be fetched from the Hugging Face hub: "
             "check the name or the network"
         ) from error
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether the hub has a repository; one request tells, where a download would retry long."""
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except (HTTPError, OfflineModeIsEnabled):
+        return False
+    return True
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
