@@ -13,6 +13,21 @@ from dlzo.errors import UserError
 from dlzo.models import sole_use
 
 
+def check_lm_eval(*, include: str | Path | None, limit: int | None, batch_size: int) -> None:
+    """Raises UserError for what can be told of `lm_eval` without a model, and at once."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "the second opinion takes lm-evaluation-harness: `pip install 'dlzo-kernels[lm-eval]'`"
+        ) from error
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: give at least 1")
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"include {str(include)!r} is no folder of tasks")
+
+
 def lm_eval(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -41,21 +56,13 @@ def lm_eval(
         UserError: the harness is not installed, does not know a task, cannot load its data or does
             not take the tokenizer.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            "the second opinion takes lm-evaluation-harness: `pip install 'dlzo-kernels[lm-eval]'`"
-        ) from error
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: give at least 1")
+    check_lm_eval(include=include, limit=limit, batch_size=batch_size)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("lm-eval takes a tokenizer with a token that begins or ends a text")
-    if include is not None and not Path(include).is_dir():
-        raise UserError(f"include {str(include)!r} is no folder of tasks")
     manager = TaskManager(include_path=include)
     for task in tasks:
         if task not in manager.task_index:

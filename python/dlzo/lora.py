@@ -44,12 +44,17 @@ class Lora:
     seed: int
 
     def __post_init__(self) -> None:
-        try:
-            check_peft_version(MIN_PEFT)
-        except ValueError as error:
-            raise UserError(
-                f"LoRA needs PEFT {MIN_PEFT} or newer: pip install 'dlzo-kernels[lora]'"
-            ) from error
+        check_peft()
+
+
+def check_peft() -> None:
+    """Raises UserError unless there is a PEFT that is new enough."""
+    try:
+        check_peft_version(MIN_PEFT)
+    except ValueError as error:
+        raise UserError(
+            f"LoRA needs PEFT {MIN_PEFT} or newer: pip install 'dlzo-kernels[lora]'"
+        ) from error
 
 
 class Adapters:

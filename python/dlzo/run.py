@@ -156,6 +156,20 @@ def check_free(out: Path, overwrite: bool) -> None:
             )
 
 
+def check_cache(folder: str | None, out: Path) -> None:
+    """Raises UserError where the folder of a prefix cache lies in `out`."""
+    if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
+        raise UserError(
+            f"prefix_cache_dir {folder!r} lies in the output folder {str(out)!r}, which a run has "
+            "for itself: choose another folder"
+        )
+
+
+def is_file_of_a_run(path: Path) -> bool:
+    """Whether a path is, or would be, one of the files that the run in its folder makes."""
+    return path.name in _FILES and _is_result(path.parent)
+
+
 def _is_result(out: Path) -> bool:
     return (out / SETTINGS_FILE).is_file()
 

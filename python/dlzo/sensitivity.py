@@ -33,7 +33,7 @@ from dlzo.scoring.layout import Pack, pad_rows
 from dlzo.scoring.scorer import ROW_TOKENS
 from dlzo.sites import check_reached, forward, hidden_state
 from dlzo.target import Target
-from dlzo.tasks import get_task, load_split
+from dlzo.tasks import Example, Task, get_task, load_split
 from dlzo_kernels import zo_step
 
 
@@ -101,6 +101,39 @@ class SensitivityReport:
         return table
 
 
+def check_sensitivity(
+    task: str | Path,
+    data_dir: str | Path,
+    *,
+    seeds: int,
+    batches: int,
+    batch_size: int,
+    eps: float,
+    seed: int,
+) -> tuple[Task, Sequence[Example]]:
+    """What can be told of a measurement without a model; arguments as of `sensitivity`.
+
+    Returns:
+        The task, and its training examples as they are scored.
+
+    Raises:
+        UserError: the task or its data cannot be used, or a number is out of its range.
+    """
+    least = {"seeds": 2, "batches": 2, "batch_size": 1, "seed": 0}
+    for name, value in zip(least, (seeds, batches, batch_size, seed), strict=True):
+        if value < least[name]:
+            raise UserError(f"{name} is {value}: give at least {least[name]}")
+    check_eps(eps)
+    definition = get_task(task)
+    examples = definition.drawn(load_split(definition, data_dir, "train"))
+    if batches * batch_size > len(examples):
+        raise UserError(
+            f"{batches} batches of {batch_size} share examples, of which the task has "
+            f"{len(examples)} to train on: give fewer or smaller batches"
+        )
+    return definition, examples
+
+
 def sensitivity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,7 +161,7 @@ def sensitivity(
         data_dir: folder of its train.jsonl.
         layers: which decoder layers; None for all.
         seeds: perturbations of each layer.
-        batches: on which each of them is scored.
+        batches: on which each of them is scored; no two share an example.
         batch_size: examples in a batch.
         eps: size of the perturbation.
         seed: of the perturbations and batches, which are those of a training run with it.
@@ -137,16 +170,9 @@ def sensitivity(
     Raises:
         UserError: the task or its data cannot be used, or a number is out of its range.
     """
-    for name, value, least in (("seeds", seeds, 2), ("batches", batches, 2), ("seed", seed, 0)):
-        if value < least:
-            raise UserError(f"{name} is {value}: give at least {least}")
-    check_eps(eps)
-    definition = get_task(task)
-    examples = definition.drawn(load_split(definition, data_dir, "train"))
-    if not 0 < batch_size <= len(examples):
-        raise UserError(
-            f"batch_size is {batch_size}: the task has {len(examples)} training examples"
-        )
+    definition, examples = check_sensitivity(
+        task, data_dir, seeds=seeds, batches=batches, batch_size=batch_size, eps=eps, seed=seed
+    )
     chosen = range(len(decoder_layers(model))) if layers is None else layers
     if not chosen:
         raise UserError("layers is empty: give at least one, or None for all")

@@ -44,6 +44,7 @@ from dlzo.records import Event, Record, Step, encode_header
 from dlzo.rule import rule_of
 from dlzo.run import (
     JOURNAL_FILE,
+    check_cache,
     check_free,
     existing_run,
     finish,
@@ -110,15 +111,10 @@ def train(
     started = time.perf_counter()
     out = Path(out).resolve()
     distributed.from_first_rank(lambda: check_free(out, overwrite))
-    cache = config.prefix_cache_dir
-    if cache is not None and Path(cache).resolve().is_relative_to(out):
-        raise UserError(
-            f"prefix_cache_dir {cache!r} lies in the output folder {str(out)!r}, which a run has "
-            "for itself: choose another folder"
-        )
+    check_cache(config.prefix_cache_dir, out)
     with sole_use(model):
         task = get_task(config.task)
-        examples = _load_examples(task, config, data_dir)
+        examples = load_examples(task, config, data_dir)
         with torch.inference_mode():
             forward(model.eval(), torch.zeros(1, 1, dtype=torch.long))  # refuses who changes itself
         config = distributed.from_first_rank(lambda: _resolved(model, tokenizer, config))
@@ -172,7 +168,7 @@ def resume(
             return metrics
         config = parse_config(settings["config"], out)
         task = get_task(config.task)
-        examples = _load_examples(task, config, settings["data"])
+        examples = load_examples(task, config, settings["data"])
         config = _resolved(model, tokenizer, config)
         with _target(model, config).undone_by_error() as target:
             run = _Run(target, tokenizer, config, task, examples, out)
@@ -427,9 +423,14 @@ def _device_name(model: PreTrainedModel) -> str:
     return str(model.device) if distributed.size() == 1 else model.device.type
 
 
-def _load_examples(
+def load_examples(
     task: Task, config: TrainConfig, data_dir: str | Path
 ) -> dict[Split, list[Example]]:
+    """The examples of all splits, enough of them to train on.
+
+    Raises:
+        UserError: the data cannot be read, or a batch has more examples than there are.
+    """
     examples = load_splits(task, data_dir)
     if config.batch_size > len(examples["train"]):
         raise UserError(
