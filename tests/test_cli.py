@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,14 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dlzo import cli
+from dlzo.adapter import read_config
+from dlzo.cli_journal import show_command
 from dlzo.config import TrainConfig
 from dlzo.demo import demo_data
+from dlzo.export import export
+from dlzo.journal import Reader
 from dlzo.models import load_model
+from dlzo.plots import plot_history
+from dlzo.terminal import console
 from dlzo.trainer import train
 from dlzo_kernels import __version__
+from runs import rewrite_config
 from tiny import byte_tokenizer, tiny_model
 
 
@@ -129,7 +139,8 @@ def test_probe_writes_what_it_shows(run, model, tmp_path):
 def test_sensitivity_writes_what_it_shows(run, model, data, tmp_path):
     report, plot = tmp_path / "s.json", tmp_path / "s.png"
     code, out, _ = run("sensitivity", model, "--task", "sst2", "--data", data, "--layers", "0-1,3",
-                       "--seeds", 2, "--batches", 2, "--json", report, "--plot", plot)  # fmt: skip
+                       "--seeds", 2, "--batches", 2, "--batch-size", 12, "--json", report,
+                       "--plot", plot)  # fmt: skip
     assert code == 0
     assert "sign stability" in out
     found = json.loads(report.read_text())
@@ -151,7 +162,7 @@ def test_without_data_the_task_has_its_public_data_set(run, model, data, tmp_pat
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["zero_shot"] == found
     assert json.loads((tmp_path / "out" / "run.json").read_text())["data"] == data
-    few = ["--layers", "1", "--seeds", 2, "--batches", 2]
+    few = ["--layers", "1", "--seeds", 2, "--batches", 2, "--batch-size", 12]
     assert run("sensitivity", model, *given, *few)[0] == 0
     assert asked == ["sst2"] * 3
 
@@ -177,6 +188,7 @@ BAD = {
     "data": (["eval", "MODEL", "--task", "sst2", "--data", "nowhere"], "nowhere"),
     "adapter": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--adapter", "x"], "'x'"),
     "layer": ("--layer 4", "layer is 4: the model has layers 0 to 3"),
+    "layer to probe for": ("--layer auto --method lozo", "layer is given without a number"),
     "layer text": ("--layer first", "'first'"),
     "layers": ("--layer 1,7", "layer is 7"),
     "layers text": ("--layer 1,", "'1,'"),
@@ -252,6 +264,116 @@ def test_what_cannot_be_used_is_told_before_a_model_is_fetched(run, monkeypatch,
     for more, named in (("--task SST2", "'SST2'"), ("--data no", "'no' does not exist")):
         code, _, err = run(*arguments, *more.split())
         assert code == 2 and named in err
+
+
+EARLY = {
+    "split": ("eval --task sst2 --data DATA --split dev", "'dev'"),
+    "rows": ("eval --task rte --data DATA", "line 1 has no field 'premise'"),
+    "adapter": ("eval --task sst2 --data DATA --adapter nowhere", "'nowhere' is not a folder"),
+    "adapter of another dtype": (
+        "eval --task sst2 --data DATA --adapter OUT",
+        "is for a float32 model and this one is bfloat16",
+    ),
+    "file as an adapter": ("lm-eval --tasks piqa --adapter OUT/run.json", "is a file"),
+    "seeds": ("sensitivity --task sst2 --data DATA --seeds 1", "seeds is 1"),
+    "batches": ("sensitivity --task sst2 --data DATA --batches 1", "batches is 1"),
+    "eps": ("sensitivity --task sst2 --data DATA --eps 0", "eps is 0.0"),
+    "few rows": ("sensitivity --task sst2 --data DATA", "4 batches of 16 share examples"),
+    "limit": ("lm-eval --tasks piqa --limit 0", "limit is 0"),
+    "texts": ("lm-eval --tasks piqa --batch-size 0", "batch_size is 0"),
+    "folder of tasks": ("lm-eval --tasks piqa --include no", "'no' is no folder"),
+    "batch": ("train --task sst2 --data DATA --out o --batch-size 25", "has 24 examples"),
+    "rows of train": ("train --task rte --data DATA --out o", "line 1 has no field 'premise'"),
+    "cache": (
+        "train --task sst2 --data DATA --out o --prefix-cache-dir o/c",
+        "prefix_cache_dir 'o/c' lies in the output folder 'o'",
+    ),
+    "PEFT": ("train --task sst2 --data DATA --out o --method lora", "LoRA needs PEFT 99"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_what_needs_no_model_is_told_before_one_is_fetched(
+    run, monkeypatch, data, finished, tmp_path, case
+):
+    if "lm-eval" in EARLY[case][0]:
+        pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(cli, "load_model")
+    monkeypatch.setattr("dlzo.lora.MIN_PEFT", "99")
+    arguments, named = EARLY[case]
+    command, *options = arguments.replace("DATA", data).replace("OUT", str(finished)).split()
+    code, _, err = run(command, "m", *options)
+    assert code == 2 and named in err and "Traceback" not in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_resumed_run_needs_its_data_before_a_model(run, monkeypatch, finished, tmp_path):
+    monkeypatch.delattr(cli, "load_model")
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "metrics.json").unlink()
+    settings = json.loads((finished / "run.json").read_text()) | {"data": "/gone"}
+    (tmp_path / "out" / "run.json").write_text(json.dumps(settings))
+    code, _, err = run("train", "--resume", tmp_path / "out")
+    assert code == 2 and "data folder '/gone' does not exist" in err
+    code, _, err = run("train", "--resume", finished, "--device", "gpu")
+    assert code == 2 and "device 'gpu' is not supported" in err
+
+
+def test_the_home_folder_is_meant_behind_an_equals_sign_too(
+    run, monkeypatch, model, data, finished, tmp_path
+):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "data").symlink_to(data)
+    (home / "t.txt").write_text("a text")
+    (home / "run").symlink_to(finished)
+    made = ("out", "cache", "p.png", "p.json", "rebuilt", "exported", "small.zo")
+    out, cache, plot, report, rebuilt, exported, small = (f"~/{name}" for name in made)
+    options = f"--out={out}", f"--prefix-cache-dir={cache}", f"--plot={plot}"
+    arguments = [*train_arguments(model, "~/data", Path("x")), "--prefix-cache-mb=0", *options]
+    assert run(*arguments)[0] == 0
+    assert run("train", "--resume=~/run")[0] == 0
+    assert run("probe", model, "--text=~/t.txt", f"--json={report}")[0] == 0
+    assert run("replay", model, "~/run/journal.zo", f"--out={rebuilt}")[0] == 0
+    assert run("export", "~/run", f"--out={exported}")[0] == 0
+    assert run("journal", "compact", "~/run/journal.zo", f"--out={small}")[0] == 0
+    assert all((home / name).exists() for name in made)
+    assert not any(here.iterdir())
+    code, _, err = run("journal", "verify", "~nobody9/journal.zo")
+    assert code == 2 and "'~nobody9/journal.zo' has no home folder here" in err
+
+
+def test_a_full_disk_behind_the_output_is_one_sentence(run, finished, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys.stdout, "write", full)
+    code, _, err = run("journal", "verify", finished / "journal.zo")
+    assert code == 2 and err.startswith("error: reading or writing failed (No space left")
+
+
+def test_figures_are_drawn_of_any_name_and_without_what_is_not_finite(finished, tmp_path):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    metrics |= {"model": "a$\\b$", "test": {"loss": None, "accuracy": 0.5}}
+    plot_history(metrics, tmp_path / "history.svg")
+    assert "a$\\b$: sst2, layer 1" in (tmp_path / "history.svg").read_text()
+
+
+def test_a_journal_is_shown_whole_in_a_narrow_terminal(finished, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_width", 60)
+    show_command(finished / "journal.zo")
+    shown = "".join(re.findall(r"[0-9a-f]+", capsys.readouterr().out))
+    header = Reader(finished / "journal.zo").header
+    assert header.base_fingerprint[:40] in shown
+
+
+def test_a_command_that_draws_nothing_does_without_matplotlib(tmp_path):
+    code = "import sys, dlzo.cli; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_a_replay_and_a_finished_run_are_known_before_a_model_is_fetched(
@@ -357,7 +479,7 @@ def ctrl_c(*_):
 
 
 def test_an_interrupted_run_says_how_it_goes_on(run, model, data, tmp_path, finished, monkeypatch):
-    out = tmp_path / "out"
+    out = tmp_path / "the out"
 
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -366,7 +488,7 @@ def test_an_interrupted_run_says_how_it_goes_on(run, model, data, tmp_path, fini
         patch.setattr("dlzo.trainer.Scorer.loss_sums", interrupt)
         code, text, _ = run(*train_arguments(model, data, out))
     assert code == 130
-    assert f"dlzo train --resume {out}" in text
+    assert f"dlzo train --resume '{out}'" in text
     assert not (out / "metrics.json").exists()
     for finished_before in (False, True):
         code, text, _ = run("train", "--resume", out)
@@ -452,9 +574,12 @@ def test_interrupted_before_it_began_a_run_does_not_name_the_one_before(
         (("--plot", "nowhere/x.png"), "is in no folder that exists"),
         (("--json", "."), "is a folder"),
         (("--json", "/dev/null"), "is no ordinary file"),
+        (("--json", "OUT/metrics.json"), "belongs to the run in its folder"),
+        (("--json", "./x.png", "--plot", "x.png"), "--json and --plot are both x.png"),
     ],
 )
-def test_where_a_result_goes_is_checked_before_any_work(run, tmp_path, options, says):
+def test_where_a_result_goes_is_checked_before_any_work(run, tmp_path, finished, options, says):
+    options = [option.replace("OUT", str(finished)) for option in options]
     code, _, err = run("probe", tmp_path / "no model", *options)
     assert code == 2 and says in err
 
@@ -558,6 +683,15 @@ def test_a_run_is_exported_in_each_form(run, model, data, tmp_path, finished):
     assert json.loads(found.read_text()) == metrics["test"]
 
 
+def test_a_card_is_yaml_whatever_the_model_is_called(tmp_path, finished):
+    odd, out = tmp_path / "odd", tmp_path / "out"
+    shutil.copytree(finished, odd)
+    rewrite_config(odd, json.dumps(read_config(odd) | {"base_model": "a: 'b' #\\é"}))
+    export(odd, out)
+    front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert front["base_model"] == "a: 'b' #\\é"
+
+
 def test_exports_that_cannot_be_are_refused(run, tmp_path, finished):
     code, _, err = run("export", finished, "--out", tmp_path / "x", "--form", "pickle")
     assert code == 2 and "'pickle'" in err
@@ -629,8 +763,8 @@ def passed_on(run, monkeypatch):
     return passed_on
 
 
-def test_every_option_of_train_is_one_of_the_run(tmp_path, passed_on):
-    common = ["--task", "rte", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+def test_every_option_of_train_is_one_of_the_run(data, tmp_path, passed_on):
+    common = ["--task", "sst2", "--data", data, "--out", str(tmp_path / "out")]
     given = {
         **{"method": "lozo", "layer": (1, 3), "part": "mlp", "steps": 7, "batch_size": 3},
         **{"eps": 0.25, "lr": 0.5, "lr_decay": "linear", "weight_decay": 0.125, "seed": 9},
@@ -641,20 +775,20 @@ def test_every_option_of_train_is_one_of_the_run(tmp_path, passed_on):
     for name, value in given.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         options += [f"--{name.replace('_', '-')}", text]
-    assert passed_on("train", *common, *options)[0][0] == TrainConfig("rte", **given)
+    assert passed_on("train", *common, *options)[0][0] == TrainConfig("sst2", **given)
     options = ["--channels", "outlier", "--top", "0.1", "--lr-per-spread", "--lr", "auto"]
     given = {"channels": "outlier", "top": 0.1, "lr_per_spread": True, "lr": "auto"}
-    assert passed_on("train", *common, *options)[0][0] == TrainConfig("rte", **given)
-    assert passed_on("train", *common)[0][0] == TrainConfig("rte")
+    assert passed_on("train", *common, *options)[0][0] == TrainConfig("sst2", **given)
+    assert passed_on("train", *common)[0][0] == TrainConfig("sst2")
 
 
-def test_every_option_of_sensitivity_is_passed_on(tmp_path, passed_on):
-    given = {"layers": "1,3", "seeds": 5, "batches": 6, "batch-size": 7, "eps": 0.25, "seed": 9}
+def test_every_option_of_sensitivity_is_passed_on(data, passed_on):
+    given = {"layers": "1,3", "seeds": 5, "batches": 6, "batch-size": 4, "eps": 0.25, "seed": 9}
     options = [f"--{name}={value}" for name, value in given.items()]
-    common = "--task", "rte", "--data", tmp_path
+    common = "--task", "sst2", "--data", data
     arguments, options = passed_on("sensitivity", *common, *options)
     del options["on_layer"]
-    assert arguments == ("rte", tmp_path)
+    assert arguments == ("sst2", Path(data))
     assert options == {
-        **{"layers": (1, 3), "seeds": 5, "batches": 6, "batch_size": 7, "eps": 0.25, "seed": 9}
+        **{"layers": (1, 3), "seeds": 5, "batches": 6, "batch_size": 4, "eps": 0.25, "seed": 9}
     }

@@ -6,20 +6,21 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.adapter import WEIGHTS_FILE, load_adapter
+from dlzo.adapter import WEIGHTS_FILE, check_adapter, load_adapter
 from dlzo.calibration import read_texts
 from dlzo.cli_journal import app as journal_app
 from dlzo.cli_journal import warn
@@ -29,20 +30,20 @@ from dlzo.distributed import from_first_rank, joined, rank
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.export import Form, export
-from dlzo.files import replace_text
-from dlzo.harness import lm_eval, lm_eval_report
+from dlzo.files import check_plot, replace_text, user_path
+from dlzo.harness import check_lm_eval, lm_eval, lm_eval_report
+from dlzo.lora import check_peft
 from dlzo.metrics import Metrics
-from dlzo.models import decoder_layers, load_model, parse_dtype
-from dlzo.plots import check_suffix, plot_history, plot_probe, plot_sensitivity
+from dlzo.models import decoder_layers, load_model, parse_device, parse_dtype
 from dlzo.probe import probe
 from dlzo.replay import check_replay, replay
-from dlzo.run import JOURNAL_FILE, check_free, read_settings
-from dlzo.sensitivity import sensitivity
+from dlzo.run import JOURNAL_FILE, check_cache, check_free, is_file_of_a_run, read_settings
+from dlzo.sensitivity import check_sensitivity, sensitivity
 from dlzo.target import describe
-from dlzo.tasks import Split, check_folder, get_task
+from dlzo.tasks import Split, check_folder, get_task, load_split
 from dlzo.tasks.hub import public_data
-from dlzo.terminal import complain, console, say, summary, training_bar
-from dlzo.trainer import finished, resume, train
+from dlzo.terminal import complain, console, path_option, say, summary, training_bar
+from dlzo.trainer import finished, load_examples, resume, train
 from dlzo_kernels import __version__
 
 app = typer.Typer(
@@ -64,7 +65,7 @@ Model = Annotated[str, _MODEL]
 Task = Annotated[str, _TASK]
 Data = Annotated[
     Path | None,
-    typer.Option(
+    path_option(
         help="Folder of train, validation and test.jsonl; by default the task's public data set, "
         "from the Hugging Face hub."
     ),
@@ -72,7 +73,8 @@ Data = Annotated[
 Adapter = Annotated[str | None, typer.Option(help="Folder of `train`, or a hub id.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 for the second GPU.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw the result: a .png or .svg file.")]
+Json = Annotated[Path | None, path_option("--json", help="Write the result here.")]
+Plot = Annotated[Path | None, path_option(help="Draw the result: a .png or .svg file.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -84,10 +86,10 @@ def _show_version(wanted: bool) -> None:
 @app.command("probe")
 def probe_command(
     model: Model,
-    text: Annotated[Path | None, typer.Option(help="Texts to read, one a paragraph.")] = None,
+    text: Annotated[Path | None, path_option(help="Texts to read, one a paragraph.")] = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    json_file: Json = None,
     plot: Plot = None,
 ) -> None:
     """Find the dominant layer of a model by forward passes."""
@@ -102,6 +104,8 @@ def probe_command(
     if json_file is not None:
         _write_json(json_file, report.to_json())
     if plot is not None:
+        from dlzo.plots import plot_probe  # matplotlib is slow to import
+
         plot_probe(report, plot)
 
 
@@ -118,13 +122,16 @@ def sensitivity_command(
     seed: Annotated[int, typer.Option(help="Of batches and perturbations.")] = _DEFAULTS.seed,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    json_file: Json = None,
     plot: Plot = None,
 ) -> None:
     """Measure each layer's zeroth-order signal, its stability and how its effect grows."""
     _check_outputs(plot, json_file)
     chosen = None if layers == "all" else _parse_numbers("layers", layers, "'all'")
     folder = _data_folder(task, data)
+    numbers: dict[str, Any] = {"seeds": seeds, "batches": batches, "batch_size": batch_size}
+    numbers |= {"eps": eps, "seed": seed}
+    check_sensitivity(task, folder, **numbers)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     with Progress(console=console) as bar:
         progress = bar.add_task("measuring layers", total=len(chosen or decoder_layers(loaded)))
@@ -134,17 +141,15 @@ def sensitivity_command(
             task,
             folder,
             layers=chosen,
-            seeds=seeds,
-            batches=batches,
-            batch_size=batch_size,
-            eps=eps,
-            seed=seed,
+            **numbers,
             on_layer=lambda _: bar.advance(progress),
         )
     console.print(report.table())
     if json_file is not None:
         _write_json(json_file, report.to_json())
     if plot is not None:
+        from dlzo.plots import plot_sensitivity
+
         plot_sensitivity(report, plot)
 
 
@@ -154,7 +159,7 @@ def train_command(
     model: Annotated[str | None, _MODEL] = None,
     task: Annotated[str | None, _TASK] = None,
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    out: Annotated[Path | None, path_option(help="Folder of the run.")] = None,
     method: Annotated[
         str, typer.Option(help="dominant; mezo, all parameters; lozo, these by low rank; lora.")
     ] = _DEFAULTS.method,
@@ -193,7 +198,7 @@ def train_command(
         int, typer.Option(help="Memory for what lies below the tuned layer, 10^6 bytes.")
     ] = _DEFAULTS.prefix_cache_mb,
     prefix_cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder for what does not fit into it.")
+        Path | None, path_option(help="Folder for what does not fit into it.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Of lozo's directions (2), or of lora's adapters (8).")
@@ -215,7 +220,7 @@ def train_command(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     resume_from: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+        Path | None, path_option("--resume", help="Go on with the run in this folder.")
     ] = None,
     plot: Plot = None,
 ) -> None:
@@ -256,19 +261,25 @@ def train_command(
         _refuse_without_effect(context, config)
         folder = _data_folder(task, data)
         from_first_rank(lambda: check_free(out, overwrite))  # before a model is fetched
+        check_cache(config.prefix_cache_dir, out)
+        if method == "lora":
+            check_peft()
+        load_examples(get_task(task), config, folder)
         loaded = load_model(model, dtype=parse_dtype(dtype), device=device or "cpu")
         metrics = _train(*loaded, config, folder, out, overwrite)
     console.print(summary(metrics))
     say(f"written to {out or resume_from}")
     if plot is not None:
+        from dlzo.plots import plot_history
+
         plot_history(metrics, plot)
 
 
 @app.command("replay")
 def replay_command(
     model: Model,
-    journal: Annotated[Path, typer.Argument(help="A run's journal.zo.")],
-    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    journal: Annotated[Path, typer.Argument(help="A run's journal.zo.", parser=user_path)],
+    out: Annotated[Path, path_option(help="Folder of the adapter.")],
     until: Annotated[int | None, typer.Option(help="Last step; by default, of all.")] = None,
 ) -> None:
     """Rebuild what was tuned from the base model and a journal, bit for bit."""
@@ -283,8 +294,8 @@ def replay_command(
 
 @app.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(help="Folder that `train` wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    run: Annotated[Path, typer.Argument(help="Folder that `train` wrote.", parser=user_path)],
+    out: Annotated[Path, path_option(help="Folder to make.")],
     form: Annotated[str, typer.Option(help="adapter, model (merged) or journal.")] = "adapter",
 ) -> None:
     """Write what a run has tuned, with a model card, in a form to hand on."""
@@ -301,11 +312,12 @@ def eval_command(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Score a model, as it is or with an adapter, on one split of a task."""
     _check_outputs(None, json_file)
     folder = _data_folder(task, data)
+    load_split(get_task(task), folder, cast(Split, split))  # before a model is fetched
     loaded, tokenizer = _load(model, adapter, dtype, device)
     found = evaluate(loaded, tokenizer, task, folder, cast(Split, split))
     console.print_json(json.dumps(found))
@@ -318,15 +330,16 @@ def lm_eval_command(
     model: Model,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, such as a,b.")],
     adapter: Adapter = None,
-    include: Annotated[Path | None, typer.Option(help="Folder of further tasks.")] = None,
+    include: Annotated[Path | None, path_option(help="Folder of further tasks.")] = None,
     limit: Annotated[int | None, typer.Option(help="The most examples of a task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a forward.")] = 1,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Ask lm-evaluation-harness for a second opinion on a model, with or without an adapter."""
     _check_outputs(None, json_file)
+    check_lm_eval(include=include, limit=limit, batch_size=batch_size)
     loaded, tokenizer = _load(model, adapter, dtype, device)
     found = lm_eval(
         loaded, tokenizer, tasks.split(","), include=include, limit=limit, batch_size=batch_size
@@ -340,7 +353,7 @@ def lm_eval_command(
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("dlzo-demo"),
+    out: Annotated[Path, path_option(help="Folder of the result.")] = Path("dlzo-demo"),
     steps: Annotated[int, typer.Option(help="Number of steps.")] = _DEFAULTS.steps,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
 ) -> None:
@@ -363,7 +376,7 @@ def demo_command(
     after = probabilities(model, tokenizer, examples)
     console.print(before_and_after(examples, before, after))
     console.print(summary(metrics))
-    say(_NEXT.format(out=out))
+    say(_NEXT.format(out=shlex.quote(str(out))))
 
 
 @app.callback()
@@ -390,8 +403,9 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:
-            raise
+        if error.filename is None:  # the disk behind stdout is full, say
+            reason = error.strerror or error
+            _fail(f"reading or writing failed ({reason}): make room, or give another place")
         _fail(f"{str(error.filename)!r} cannot be used ({error.strerror}): give another path")
     except (MemoryError, RuntimeError) as error:
         lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -408,7 +422,9 @@ def _fail(message: str) -> None:
 def _check_outputs(plot: Path | None, json_file: Path | None = None) -> None:
     """Raises UserError, before any work, where a result could not be written."""
     if plot is not None:
-        check_suffix(plot)
+        check_plot(plot)
+    if plot is not None and json_file is not None and plot.resolve() == json_file.resolve():
+        raise UserError(f"--json and --plot are both {plot}: give two files")
     for path in filter(None, (plot, json_file)):
         reason = None
         if path.is_dir():
@@ -419,16 +435,20 @@ def _check_outputs(plot: Path | None, json_file: Path | None = None) -> None:
             reason = "is in no folder that exists"
         elif not os.access(path.parent, os.W_OK):
             reason = "is in a folder that cannot be written"
+        elif is_file_of_a_run(path):
+            reason = "belongs to the run in its folder"
         if reason is not None:
-            raise UserError(f"{path} {reason}: give the path of a file")
+            raise UserError(f"{path} {reason}: give the path of another file")
 
 
 def _load(
     model: str, adapter: str | None, dtype: str, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
-    if adapter is not None:
-        load_adapter(loaded, adapter)
+    kind = parse_dtype(dtype)
+    folder = None if adapter is None else check_adapter(adapter, kind)
+    loaded, tokenizer = load_model(model, dtype=kind, device=device)
+    if folder is not None:
+        load_adapter(loaded, folder)
     return loaded, tokenizer
 
 
@@ -459,6 +479,7 @@ def _refuse_without_effect(context: typer.Context, config: TrainConfig) -> None:
             (name, bool(config.layers) or config.method == "dominant", "a layer to tune, --layer")
             for name in ("prefix_cache_mb", "prefix_cache_dir")
         ),
+        ("layer", bool(config.layers) or config.method == "dominant", "a number"),
     ):
         if _is_given(context, name) and not has_effect:
             raise UserError(f"{name} is given without {condition}: add that or leave it out")
@@ -487,6 +508,8 @@ def _train(
 
 
 def _resume(out: Path, device: str | None) -> Metrics:
+    if device is not None:
+        parse_device(device)
     if (metrics := from_first_rank(lambda: finished(out))) is not None:
         say(f"the run in {out} is finished")
         return metrics
@@ -494,6 +517,7 @@ def _resume(out: Path, device: str | None) -> Metrics:
     config, dtype = parse_config(settings["config"], out), parse_dtype(settings["dtype"])
     # Earlier releases had the CPU only, and did not say so.
     device = device or str(settings.get("device", "cpu"))
+    load_examples(get_task(config.task), config, settings["data"])  # before a model is fetched
     loaded, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
     with _resumable(out, begun=True), training_bar(config.steps) as on_progress:
         return resume(loaded, tokenizer, out, on_progress=on_progress)
@@ -510,7 +534,7 @@ def _resumable(out: Path, *, begun: bool = False) -> Iterator[None]:
             raise
         has_weights = (out / WEIGHTS_FILE).exists()
         kept = f"the best weights so far are in {out}; " if has_weights else ""
-        say(f"interrupted: {kept}go on with `dlzo train --resume {out}`")
+        say(f"interrupted: {kept}go on with `dlzo train --resume {shlex.quote(str(out))}`")
         raise typer.Exit(130) from None
 
 

@@ -10,17 +10,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dlzo.errors import UserError
+from dlzo.files import user_path
 from dlzo.header import differences
 from dlzo.journal import Reader, compact
 from dlzo.records import Event, Record, Step
-from dlzo.terminal import complain, console, say
+from dlzo.terminal import complain, console, path_option, say
 
 app = typer.Typer(help="Look into the journals of runs.", no_args_is_help=True)
 
-Journal = Annotated[Path, typer.Argument(help="A run's journal.zo.")]
+Journal = Annotated[Path, typer.Argument(help="A run's journal.zo.", parser=user_path)]
 
 
 @app.command("show")
@@ -30,7 +31,7 @@ def show_command(
 ) -> None:
     """Show what a journal belongs to, its evaluations and its last steps."""
     reader = Reader(journal)
-    header = Table("header", "", title=escape(str(journal)))
+    header = Table("header", Column(overflow="fold"), title=escape(str(journal)))
     for name, value in vars(reader.header).items():
         text = "\n".join(map(_parameter, value)) if name == "parameters" else str(value)
         header.add_row(name.replace("_", " "), escape(text))
@@ -42,7 +43,8 @@ def show_command(
         else:
             values = ", ".join(f"{name} {value}" for name, value in record.values.items())
             evaluations.add_row(escape(record.name), str(record.step), escape(values))
-    rows = Table("step", "seed", "lr", "projected gradient", "losses", "applied")
+    seed = Column("seed", overflow="fold")
+    rows = Table("step", seed, "lr", "projected gradient", "losses", "applied")
     for step in last:
         numbers = ("\n".join(f"{n:.6g}" for n in part) for part in (step.gradients, step.losses))
         rows.add_row(
@@ -88,7 +90,7 @@ def diff_command(journal: Journal, other: Journal) -> None:
 @app.command("compact")
 def compact_command(
     journal: Journal,
-    out: Annotated[Path, typer.Option(help="The file to write.")],
+    out: Annotated[Path, path_option(help="The file to write.")],
 ) -> None:
     """Write a journal again, 13 bytes a step of one direction; its replay has the same bits."""
     compact(journal, out)

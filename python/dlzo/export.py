@@ -23,7 +23,7 @@ CARD_FILE = "README.md"
 
 _CARD = """---
 library_name: dlzo
-base_model: {base_model}
+base_model: {quoted_model}
 tags: [dlzo, zeroth-order]
 ---
 
@@ -115,7 +115,8 @@ def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
     base = config["base_model"] or "unknown"
     if Path(base).exists():
         base = Path(base).resolve().name  # the folder that it lay in says nothing elsewhere
-    fields = {**config, "base_model": base, "tuned": describe(config)}
+    quoted = json.dumps(base, ensure_ascii=False)  # YAML takes it as it is, whatever is in it
+    fields = {**config, "base_model": base, "quoted_model": quoted, "tuned": describe(config)}
     use = _USE["LoRA" if form == "adapter" and "lora" in config else form]
     try:
         return _CARD.format(

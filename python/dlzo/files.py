@@ -117,6 +117,13 @@ class GrowingFile:
         os.close(self._descriptor)
 
 
+def check_plot(path: Path) -> None:
+    """Raises UserError unless a figure can be written as its suffix says."""
+    suffix = path.suffix.lower()
+    if suffix not in PLOT_FORMATS:
+        raise UserError(f"plot {path} has the suffix {suffix!r}: use {' or '.join(PLOT_FORMATS)}")
+
+
 def user_path(text: str | Path) -> Path:
     """The path that a user writes, with `~` for a home folder.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dlzo.errors import UserError
-from dlzo.files import PLOT_FORMATS, replace_file
+from dlzo.files import check_plot, replace_file
 from dlzo.metrics import Metrics
 from dlzo.probe import ProbeReport
 from dlzo.sensitivity import SensitivityReport
@@ -59,9 +58,7 @@ def plot_probe(report: ProbeReport, path: Path) -> None:
                 axes.axvline(layer, label=label, color="tab:red", linestyle=line)
     handles, labels = upper.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    upper.set_title(
-        f"{report.model}: {decision.verdict} (confidence {decision.confidence:.2f})", loc="left"
-    )
+    _title(upper, f"{report.model}: {decision.verdict} (confidence {decision.confidence:.2f})")
     _save(figure, path)
 
 
@@ -82,7 +79,7 @@ def plot_sensitivity(report: SensitivityReport, path: Path) -> None:
     stability.plot(names, values, "s:", color="tab:orange", ms=3)
     stability.set(ylim=(0, 1.05))
     stability.set_ylabel("sign stability between batches", color="tab:orange")
-    left.set_title(f"{report.model}: {report.task}, {report.dtype}", loc="left")
+    _title(left, f"{report.model}: {report.task}, {report.dtype}")
     depth = max(found.layer + len(found.growth) for found in report.layers)
     grid = [[math.nan] * found.layer + found.growth for found in report.layers]
     grew = any(change > 0 for found in report.layers for change in found.growth)
@@ -96,7 +93,7 @@ def plot_sensitivity(report: SensitivityReport, path: Path) -> None:
     )
     right.set_yticks(range(len(names)), map(str, names), fontsize=7)
     right.set(xlabel="after layer", ylabel="perturbed layer")
-    right.set_title(f"relative change of the hidden state, eps {report.eps:g}", loc="left")
+    _title(right, f"relative change of the hidden state, eps {report.eps:g}")
     right.invert_yaxis()
     figure.colorbar(mesh, ax=right)
     _save(figure, path)
@@ -112,38 +109,36 @@ def plot_history(metrics: Metrics, path: Path) -> None:
     panels = figure.subplots(2, sharex=True)
     validated = [entry for entry in metrics["history"] if "validation_loss" in entry]
     steps = [entry["step"] for entry in validated]
-    untuned = cast(Mapping[str, Any], metrics["zero_shot"])
-    best, test = metrics["best"], cast(Mapping[str, Any], metrics["test"])
+    untuned, best, test = metrics["zero_shot"], metrics["best"], metrics["test"]
     quality = "accuracy" if "accuracy" in test else "f1"
     for axes, name in zip(panels, (quality, "loss"), strict=True):
-        # What was not measured or is not finite is None: NaN leaves a gap in the line.
-        found = [entry.get(f"validation_{name}") for entry in validated]
-        values = [math.nan if value is None else value for value in found]
+        values = [_value(entry, f"validation_{name}") for entry in validated]
         axes.plot(steps, values, "o-", color="tab:blue", ms=4, label="validation")
-        axes.plot(0, untuned[name], "D", color="tab:gray", label="test, untuned")
-        axes.plot(best["step"], test[name], "*", color="tab:red", ms=12, label="test, best")
+        axes.plot(0, _value(untuned, name), "D", color="tab:gray", label="test, untuned")
+        tuned = _value(test, name)
+        axes.plot(best["step"], tuned, "*", color="tab:red", ms=12, label="test, best")
         axes.set_ylabel(name)
         tidy(axes)
     panels[0].legend(frameon=False)
     panels[1].set_xlabel("step")
-    panels[0].set_title(
-        f"{metrics['model']}: {metrics['task']}, {describe(metrics)}",
-        loc="left",
-    )
+    _title(panels[0], f"{metrics['model']}: {metrics['task']}, {describe(metrics)}")
     _save(figure, path)
 
 
-def check_suffix(path: Path) -> None:
-    """Raises UserError unless a figure can be written as its suffix says."""
-    suffix = path.suffix.lower()
-    if suffix not in PLOT_FORMATS:
-        raise UserError(f"plot {path} has the suffix {suffix!r}: use {' or '.join(PLOT_FORMATS)}")
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", parse_math=False)  # a path may have dollars
+
+
+def _value(found: Mapping[str, object], name: str) -> float:
+    """A figure; what was not measured or is not finite is None, and NaN leaves a gap."""
+    value = found.get(name)
+    return value if isinstance(value, int | float) else math.nan
 
 
 def _save(figure: Figure, path: Path) -> None:
-    check_suffix(path)
-    suffix = path.suffix.lower()
+    check_plot(path)
+    form = path.suffix.lower()[1:]
     try:
-        replace_file(path, lambda partial: figure.savefig(partial, format=suffix[1:], dpi=150))
+        replace_file(path, lambda partial: figure.savefig(partial, format=form, dpi=150))
     except OSError as error:
         raise UserError(f"plot {path} cannot be written ({error.strerror})") from error

@@ -1,11 +1,16 @@
-"""What the commands print: tables fitted to the terminal, sentences whole for copies and pipes."""
+"""What the commands print, and how they take paths.
+
+Tables are fitted to the terminal, sentences are whole for copies and pipes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -18,11 +23,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dlzo.files import user_path
 from dlzo.metrics import HistoryEntry, Metrics
 from dlzo.target import describe
 
 console = Console(highlight=False)
 _stderr = Console(stderr=True)
+# A shell leaves the ~ of --out=~/x to the command.
+path_option = partial(typer.Option, parser=user_path)
 
 
 def say(sentence: str) -> None:
@@ -48,7 +56,7 @@ def training_bar(steps: int) -> Iterator[Callable[[HistoryEntry], None]]:
     )
     shown = {"training": "", "validation": ""}
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("scoring the untuned model", total=steps)
+        task = bar.add_task("preparing", total=steps)
 
         def on_progress(entry: HistoryEntry) -> None:
             if (loss := entry.get("train_loss")) is not None:
