@@ -123,8 +123,9 @@ def test_rows_that_cannot_be_had_are_one_sentence(folders, tokenizer):
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_harness_there_is_one_sentence(tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+@pytest.mark.parametrize("missing", ["lm_eval", "lm_eval.models.huggingface"])
+def test_without_the_harness_there_is_one_sentence(tokenizer, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r"pip install 'dlzo-kernels\[lm-eval\]'"):
         lm_eval(tiny_model(), tokenizer, ["piqa"])
 

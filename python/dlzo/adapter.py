@@ -206,7 +206,7 @@ def _find(path_or_hub_id: str | Path) -> Path:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether the hub has a repository; one request tells, where a download would retry long."""
+    """Whether the hub is there and has it: one request tells, where a download would retry."""
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except (HTTPError, OfflineModeIsEnabled):

@@ -16,7 +16,7 @@ from dlzo.models import sole_use
 def check_lm_eval(*, include: str | Path | None, limit: int | None, batch_size: int) -> None:
     """Raises UserError for what can be told of `lm_eval` without a model, and at once."""
     try:
-        import lm_eval  # noqa: F401
+        import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise UserError(
             "the second opinion takes lm-evaluation-harness: `pip install 'dlzo-kernels[lm-eval]'`"
