@@ -14,6 +14,7 @@ namespace dlzo {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // elements that stay in the L1 cache while they are worked on
+constexpr int64_t kShort = 128;   // rows for which a run each takes longer than packing some
 // Elements that are worth a thread: waking one costs some microseconds, far more on a busy machine.
 constexpr int64_t kMinNoise = 1 << 15, kMinStats = 1 << 18, kMinProducts = 1 << 20;
 
@@ -23,25 +24,27 @@ int64_t product(const std::vector<int64_t>& sizes) {
   return result;
 }
 
-bool is_contiguous(const View& view, const std::vector<int64_t>& shape) {
-  int64_t expected = 1;
-  for (size_t d = shape.size(); d-- > 0; expected *= shape[d])
-    if (shape[d] != 1 && view.strides[d] != expected) return false;
+// Makes one of the last two dimensions where all views go on from row to row as within a row.
+bool join_last(std::vector<int64_t>& shape, View (&views)[2]) {
+  if (shape.size() < 2) return false;
+  const size_t last = shape.size() - 1;
+  const int64_t rows = shape[last - 1], columns = shape[last];
+  for (const View& view : views)
+    if (rows != 1 && columns != 1 && view.strides[last - 1] != columns * view.strides[last])
+      return false;
+  // A dimension of one element has a stride that says nothing.
+  for (View& view : views) view.strides.erase(view.strides.end() - (columns == 1 ? 1 : 2));
+  shape.pop_back();
+  shape.back() = rows * columns;
   return true;
 }
 
-// One view's part of a row: its address and the distance between elements.
-struct Part {
-  const View* view;
-  char* data;
-  int64_t stride;
-};
-
-Part part_of(const View& view, const std::vector<int64_t>& shape, int64_t row, int64_t column) {
+char* address_of(const View& view, const std::vector<int64_t>& shape, int64_t row,
+                 int64_t column) {
   int64_t position = column * view.strides.back();
   for (size_t d = shape.size() - 1; d-- > 0; row /= shape[d])
     position += row % shape[d] * view.strides[d];
-  return {&view, view.data + position * size_of(view.dtype), view.strides.back()};
+  return view.data + position * size_of(view.dtype);
 }
 
 template <class Element>
@@ -51,18 +54,27 @@ void copy_strided(char* out, int64_t out_stride, const char* in, int64_t in_stri
   for (int64_t i = 0; i < count; i++) to[i * out_stride] = from[i * in_stride];
 }
 
-void copy_part(const Part& part, char* packed, int64_t count, bool pack) {
-  const auto copy =
-      size_of(part.view->dtype) == 4 ? copy_strided<uint32_t> : copy_strided<uint16_t>;
-  if (pack) copy(packed, 1, part.data, part.stride, count);
-  else copy(part.data, part.stride, packed, 1, count);
+// What a run takes: a part of a row, or some whole rows.
+struct Block {
+  int64_t row, rows, column, columns;
+};
+
+void copy_block(const View& view, const std::vector<int64_t>& shape, const Block& block,
+                char* packed, bool pack) {
+  const auto copy = size_of(view.dtype) == 4 ? copy_strided<uint32_t> : copy_strided<uint16_t>;
+  const int64_t stride = view.strides.back(), count = block.columns;
+  for (int64_t i = 0; i < block.rows; i++, packed += count * size_of(view.dtype)) {
+    char* data = address_of(view, shape, block.row + i, block.column);
+    if (pack) copy(packed, 1, data, stride, count);
+    else copy(data, stride, packed, 1, count);
+  }
 }
 
 enum class Base { kNone, kRead, kWritten };
 
-// Walks all elements in contiguous runs of at most kChunk: body(out, base, count, index). A part
-// whose elements do not lie side by side is packed into a buffer where it is read (out only without
-// a base), and put back where it is written. `normals`: how many an element takes.
+// Walks all elements in contiguous runs of at most kChunk: body(out, base, count, index). What does
+// not lie side by side is packed into a buffer where it is read (out only without a base), and put
+// back where it is written. `normals`: how many an element takes.
 template <class Body>
 void for_each_run(const View& out, const View& base, Base use, Numbering numbering, int threads,
                   Body body, int64_t normals = 1) {
@@ -71,36 +83,38 @@ void for_each_run(const View& out, const View& base, Base use, Numbering numberi
   if (total == 0) return;
   View views[2] = {out, base};
   const int read = use == Base::kNone ? 0 : 1, written = use == Base::kWritten ? 2 : 1;
-  if (is_contiguous(views[0], shape) && is_contiguous(views[1], shape) &&
-      (numbering.row_stride == shape.back() || total == shape.back())) {
-    shape = {total};
-    views[0].strides = views[1].strides = {1};
-    numbering.row_stride = total;
+  if (numbering.row_stride == shape.back() || total == shape.back()) {
+    while (join_last(shape, views)) continue;
+    numbering.row_stride = shape.back();
   }
-  const int64_t columns = shape.back();
+  const int64_t columns = shape.back(), rows = total / columns;
+  const bool packs_rows = numbering.row_stride == columns && columns < kShort;
+  const int64_t height = packs_rows ? kChunk / columns : 1;
   const int64_t chunks_per_row = (columns + kChunk - 1) / kChunk;
-  const int64_t chunks = total / columns * chunks_per_row;
-  const int64_t chunk_size = std::min(columns, kChunk);
+  const int64_t chunks = (rows + height - 1) / height * chunks_per_row;
+  const int64_t chunk_size = std::min(columns * std::min(rows, height), kChunk);
   const int64_t work = chunk_size * std::max<int64_t>(normals, 1);
   const int64_t grain = (kMinNoise + work - 1) / work;
   parallel_for(chunks, grain, threads, [&](int64_t begin, int64_t end) {
     alignas(64) char buffers[2][kChunk * 4];
     for (int64_t chunk = begin; chunk < end; chunk++) {
-      const int64_t row = chunk / chunks_per_row, column = chunk % chunks_per_row * kChunk;
-      const int64_t count = std::min(columns - column, kChunk);
+      const int64_t row = chunk / chunks_per_row * height;
+      const int64_t column = chunk % chunks_per_row * kChunk;
+      const Block block = {row, std::min(rows - row, height), column,
+                           std::min(columns - column, kChunk)};
+      const int64_t count = block.rows * block.columns;
       char* data[2];
-      Part parts[2];
       for (int i = 0; i < 2; i++) {
-        parts[i] = part_of(views[i], shape, row, column);
-        data[i] = parts[i].stride == 1 || count == 1 ? parts[i].data : buffers[i];
-        if (data[i] == buffers[i] && i == read) copy_part(parts[i], data[i], count, true);
+        const bool is_run = count == 1 || (block.rows == 1 && views[i].strides.back() == 1);
+        data[i] = is_run ? address_of(views[i], shape, row, column) : buffers[i];
+        if (!is_run && i == read) copy_block(views[i], shape, block, data[i], true);
       }
       const uint64_t first =
           static_cast<uint64_t>(row) * static_cast<uint64_t>(numbering.row_stride);
       const uint64_t index = numbering.offset + first + static_cast<uint64_t>(column);
       body(data[0], data[1], count, index);
       for (int i = 0; i < written; i++)
-        if (data[i] == buffers[i]) copy_part(parts[i], data[i], count, false);
+        if (data[i] == buffers[i]) copy_block(views[i], shape, block, data[i], false);
     }
   });
 }
