@@ -117,8 +117,8 @@ def low_rank_replay(
     factors = _checked(seed, v_seed, rank)
     check_keep(keep)
     tuned = adopted(layer)
-    queries = range(len(scales))
-    check_directions([seed] * len(scales), scales, queries, tuned[0].live.device)
+    scales = [*map(float, scales)]
+    check_directions([seed] * len(scales), scales, range(len(scales)), tuned[0].live.device)
     matrices, others = _split(tuned)
     with Held(__file__):
         _move(matrices, others, factors, scales, keep)

@@ -165,6 +165,32 @@ def test_numbers_for_a_kernel_go_by_value_or_are_made_where_it_runs():
     assert found.seed == 5 and not found.seeds and len(kept) == 1
 
 
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        range(2**63 - 1, 2**63 + 1),
+        np.array([2**63 - 1, 2**63], dtype=np.uint64),
+        (np.uint64(2**63 - 1), 2**63),
+    ],
+    ids=["range", "array", "tuple"],
+)
+@pytest.mark.parametrize(
+    "scales",
+    [[0.5, -1e-3], np.array([0.5, -1e-3]), list(torch.tensor([0.5, -1e-3]))],
+    ids=["list", "array", "tensors"],
+)
+def test_seeds_and_scales_of_any_kind_are_copied_in_the_dtypes_of_the_kernels(
+    monkeypatch, seeds, scales
+):
+    monkeypatch.setattr(_gpu, "to_device", lambda numbers, device: numbers)
+    found, (copied_seeds, copied_scales) = _gpu.directions(
+        torch.device("cpu"), seeds, [0, 0], scales
+    )
+    assert [found.seeds, found.scales] == [copied_seeds.data_ptr(), copied_scales.data_ptr()]
+    assert copied_seeds.dtype is torch.uint64 and copied_seeds.tolist() == [2**63 - 1, 2**63]
+    assert torch.equal(copied_scales, torch.tensor([0.5, -1e-3]))
+
+
 def test_an_assembler_that_changes_bits_keeps_the_column_from_running(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))

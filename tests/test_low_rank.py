@@ -112,6 +112,8 @@ def test_bad_numbers_are_refused():
         ((-1, 0, 1, [0.1]), "seed must be"),
         ((0, -1, 1, [0.1]), "v_seed must be"),
         ((0, 0, 1, [math.nan]), "scale must be finite"),
+        ((0, 0, 1, [torch.tensor(math.inf)]), "scale must be finite"),
+        ((0, 0, 1, torch.tensor([math.nan])), "scale must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             low_rank_replay(layer, *numbers)

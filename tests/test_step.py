@@ -20,7 +20,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bits import assert_same_bits, bits, copies, weights
-from dlzo_kernels import LowRankStep, gaussian, masters, signals, update_scales, zo_replay, zo_step
+from dlzo_kernels import (
+    LowRankStep,
+    accumulate_,
+    gaussian,
+    masters,
+    signals,
+    update_scales,
+    zo_replay,
+    zo_step,
+)
 from dlzo_kernels import step as step_module
 
 
@@ -759,6 +768,11 @@ def test_numbers_of_numpy_are_numbers():
     assert results[0] == results[1]
     with pytest.raises(ValueError, match=r"offset .* numbers elements beyond"):
         gaussian((8,), 0, offset=np.uint64(2**64 - 4))
+    numbers = {"offset": np.uint64(2**64 - 2), "row_stride": np.int64(2)}
+    assert_same_bits(
+        gaussian((np.int64(1), np.int64(2)), 0, **numbers),
+        gaussian((1, 2), 0, offset=2**64 - 2, row_stride=2),
+    )
 
 
 def test_steps_do_not_nest_and_are_taken_once():
@@ -836,6 +850,10 @@ def test_numbers_that_would_ruin_the_weights_are_refused_later_too():
     for keep in (math.nan, 0.0, -1.0, 1.5):
         with pytest.raises(ValueError, match=r"keep must be in \(0, 1\]"):
             zo_replay(w, [], [], [], keep=keep)
+    for scale in (torch.tensor(math.nan), torch.tensor(1e39, dtype=torch.float64)):
+        for scales in ([scale], scale.reshape(1).float()):
+            with pytest.raises(ValueError, match="scale must be finite in float32"):
+                zo_replay(w, [1], scales, [0])
     assert torch.equal(w, torch.ones(3, 3))
 
 
@@ -900,6 +918,24 @@ def test_replayed_steps_give_the_same_bits_and_the_same_next_step(dtype, directi
     for layer in (live, replayed):
         zo_step(layer, 9, 1e-2, 1e-3, closure=lambda layer=layer: loss_of(layer))
     assert_untouched(replayed, copies(live))
+
+
+KINDS = {
+    "range": (range(3, 6), [0.5, -0.25, 0.1]),
+    "numpy": (np.arange(3, 6, dtype=np.uint64), np.array([0.5, -0.25, 0.1])),
+    "tensors": (list(torch.arange(3, 6)), list(torch.tensor([0.5, -0.25, 0.1]).double())),
+    "memory": (torch.arange(3, 6), torch.tensor([0.5, -0.25, 0.1])),
+}
+
+
+@pytest.mark.parametrize(("seeds", "scales"), KINDS.values(), ids=KINDS)
+def test_seeds_and_scales_of_any_kind_give_the_same_bits(dtype, seeds, scales):
+    expected, replayed, moved = (weights(70, dtype=dtype) for _ in range(3))
+    zo_replay(expected, [3, 4, 5], [0.5, -0.25, 0.1], [0, 1, 2])
+    zo_replay(replayed, seeds, scales, range(3))
+    accumulate_(weights(70, dtype=dtype).float(), seeds, scales, query=range(3), out=moved)
+    assert_same_bits(replayed, expected)
+    assert_same_bits(moved, expected)
 
 
 def test_a_loss_above_the_limit_moves_nothing():

@@ -38,11 +38,16 @@ def is_eager(*tensors: Tensor) -> bool:
     )
 
 
+def as_index(value: int) -> int:
+    """An integer of any kind as an int, or as it is where it is traced; TypeError if it is none."""
+    # operator.index would make a constant of what is traced.
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+
+
 def check_range(name: str, value: int, limit: int) -> int:
     """The value as an int; raises ValueError unless 0 <= value < limit, TypeError if it is none."""
     try:
-        # operator.index would make a constant of an int that torch.compile traces.
-        number = value if isinstance(value, int) else operator.index(value)
+        number = as_index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
     if not 0 <= number < limit:
@@ -82,9 +87,18 @@ def check_noise(
 
 
 def check_scale(scale: float | Tensor) -> None:
-    """Raises ValueError unless scale is finite as a float32, or lies in device memory."""
-    if not isinstance(scale, Tensor) and not abs(scale) <= 3.4028234663852886e38:
-        raise ValueError(f"scale must be finite in float32, not {scale}")
+    """Raises ValueError unless scale is finite as a float32, or is not read here."""
+    if is_unread(scale):
+        return
+    # A tensor of few bits would round the limit to infinity.
+    number = float(scale) if isinstance(scale, Tensor) else scale
+    if not abs(number) <= 3.4028234663852886e38:
+        raise ValueError(f"scale must be finite in float32, not {number}")
+
+
+def is_unread(numbers: object) -> bool:
+    """Whether numbers are a tensor in device memory, for which nothing waits, or one of a trace."""
+    return isinstance(numbers, Tensor) and (numbers.is_cuda or not is_eager(numbers))
 
 
 def check_device_numbers(
@@ -205,7 +219,7 @@ def mark_written(tensor: Tensor) -> None:
 
 def to_signed(value: int) -> int:
     """A 64-bit unsigned number as the int64 that an operator schema carries."""
-    value = value if isinstance(value, int) else operator.index(value)
+    value = as_index(value)
     return value - _U64 if value >= _U64 >> 1 else value
 
 

@@ -20,6 +20,7 @@ from dlzo_kernels.ops._common import (
     check_scale,
     check_writable,
     is_eager,
+    is_unread,
     mark_written,
     not_a_tensor,
     overlap,
@@ -124,8 +125,8 @@ def check_directions(
         check_range("query", number, 1 << 32)
     for seed in () if isinstance(seeds, Tensor) else seeds:
         check_range("seed", seed, 1 << 64)
-    for scale in () if isinstance(scales, Tensor) else scales:
-        check_scale(scale)
+    for scale in () if is_unread(scales) else scales:
+        check_scale(float(scale) if isinstance(scale, Tensor) else scale)
 
 
 def accumulate_layer(

@@ -12,6 +12,7 @@ from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
     DTYPE_CODES,
     LIBRARY,
+    as_index,
     check_noise,
     check_tensor,
     is_eager,
@@ -87,7 +88,7 @@ def gaussian(
         TypeError: the dtype is none of the three.
         NotImplementedError: there is no kernel for the device.
     """
-    shape = tuple(shape)
+    shape = tuple(map(as_index, shape))
     check_noise(shape, seed, stream, offset, query, row_stride)
     signed = to_signed(seed), stream, to_signed(offset), query
     arguments = (shape, *signed, row_stride, dtype, torch.device(device))

@@ -96,9 +96,9 @@ def perturb_(
         NotImplementedError: there is no kernel for the device.
     """
     check_noise(w.shape, seed, stream, offset, query, row_stride)
-    check_scale(scale)
     check_device_numbers("seed", seed, torch.int64, 1, w.device)
     check_device_numbers("scale", scale, torch.float32, 1, w.device)
+    check_scale(scale)
     if is_eager(w):
         _perturb_in_place(w, seed, scale, stream, offset, query, row_stride)
     else:
@@ -139,9 +139,9 @@ def perturb_into(
         NotImplementedError: there is no kernel for the device.
     """
     check_noise(out.shape, seed, stream, offset, query, row_stride)
-    check_scale(scale)
     check_device_numbers("seed", seed, torch.int64, 1, out.device)
     check_device_numbers("scale", scale, torch.float32, 1, out.device)
+    check_scale(scale)
     if is_eager(out, base):
         _perturb_into(out, base, seed, scale, stream, offset, query, row_stride)
     else:

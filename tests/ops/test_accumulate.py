@@ -74,6 +74,9 @@ def test_versions_are_bumped():
     [
         (([1, 2], [1.0]), ValueError, "2 seeds, 1 scales"),
         (([1], [float("nan")]), ValueError, "scale must be finite"),
+        (([1], [torch.tensor(torch.inf)]), ValueError, "scale must be finite in float32, not inf"),
+        (([1], [torch.tensor(1e39, dtype=torch.float64)]), ValueError, "scale must be finite"),
+        (([1], torch.tensor([torch.nan])), ValueError, "scale must be finite"),
         (([-1], [1.0]), ValueError, "seed must be"),
     ],
 )

@@ -72,6 +72,15 @@ def test_into_from_a_master_or_the_same_dtype(isa, dtype, view, base_dtype):
     assert_same_bits(base, kept)
 
 
+def test_a_scale_in_memory_that_can_be_read_is_checked():
+    w = weights(10)
+    with pytest.raises(ValueError, match="scale must be finite in float32, not nan"):
+        perturb_(w, 1, torch.tensor(torch.nan))
+    with pytest.raises(TypeError, match=r"scale is a tensor of 2 torch\.float32"):
+        perturb_(w, 1, torch.ones(2))
+    assert_same_bits(w, weights(10))
+
+
 def test_a_column_shard_gets_its_part_of_the_noise(isa, dtype):
     whole = weights(6, 90, dtype=dtype)
     shard = whole[:, 20:55].contiguous()
