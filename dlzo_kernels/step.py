@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import overload
 
 import torch
@@ -26,14 +25,15 @@ LARGEST_NORMAL = 6.77  # of noise v1: sqrt(-2 ln 2^-33) is 6.764
 class StepResult:
     """What a step saw and did.
 
-    A step on a GPU does not wait for its losses: the first look at any of these does.
+    A step on a GPU does not wait for its losses: a look at any of these does. Of a step in a CUDA
+    graph they are those of the last replay.
     """
 
     def __init__(self, numbers: Sequence[float] | Tensor) -> None:
         """The losses at plus, those at minus, the projected gradients, and whether applied."""
         self._numbers = numbers
 
-    @cached_property
+    @property
     def _read(self) -> list[float]:
         numbers = self._numbers
         return numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
@@ -137,7 +137,7 @@ def zo_step(
     between the evaluations and the update: the projected gradient is computed there. For a CUDA
     graph, first take a whole step as the graph will, by `plus`, `minus` and `update` with a seed in
     device memory, which loads the kernels; then open one before the capture, with the seed that
-    replays will change.
+    replays will change, and keep it as long as the graph, which writes its masters.
 
     Args:
         layer: a module (its parameters that require grad are tuned), a tensor, or an iterable of
