@@ -14,6 +14,7 @@ if _find_spec("dlzo_kernels._C") is None:
 from dlzo_kernels._version import NOISE_VERSION, __version__
 from dlzo_kernels.backends import Backend, backends, select_isa_from_environment
 from dlzo_kernels.low_rank import LowRankStep, low_rank_replay
+from dlzo_kernels.masters import release
 from dlzo_kernels.ops.accumulate import accumulate_
 from dlzo_kernels.ops.activation_stats import ActivationStats, activation_stats
 from dlzo_kernels.ops.gaussian import gaussian
@@ -39,6 +40,7 @@ __all__ = [
     "low_rank_replay",
     "perturb_",
     "perturb_into",
+    "release",
     "rms_norm",
     "tree_attention",
     "update_scales",

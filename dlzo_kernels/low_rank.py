@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlzo_kernels.masters import Tuned, adopted, forget, move_masters
+from dlzo_kernels.masters import Tuned, adopted, move_masters, moving
 from dlzo_kernels.ops._common import check_range
 from dlzo_kernels.ops.accumulate import check_directions
 from dlzo_kernels.ops.add_low_rank import add_low_rank
@@ -150,17 +150,13 @@ def _move(
     scales: Sequence[float],
     keep: float,
 ) -> None:
-    try:
+    with moving(matrices):
         for t in matrices:
             if keep != 1:
                 t.entry.master.mul_(keep)
             for query, scale in enumerate(scales):
                 factors.add(t.entry.master, t, query, scale / factors.rank)
-            t.entry.moves += 1
-    except BaseException:
-        forget(matrices)  # half of them have moved, none of the weights
-        raise
-    move_masters(matrices, [], [], [])
+        move_masters(matrices, [], [], [])
     if others:
         queries = range(len(scales))
         move_masters(others, [factors.seed] * len(scales), scales, queries, keep=keep)

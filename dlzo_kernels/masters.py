@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from dlzo_kernels import _C
 from dlzo_kernels.ops._common import DTYPE_CODES, overlap, threads
 from dlzo_kernels.ops._parts import Operand
 from dlzo_kernels.ops.accumulate import accumulate_layer
-from dlzo_kernels.parameters import Layer, Numbering, tuned_parameters
+from dlzo_kernels.parameters import Layer, Numbering, is_whole, storages, tuned_parameters
 
 # Elements at a time, all the scratch memory of a step; a GPU waits after each that are compared.
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -70,13 +70,14 @@ class Tuned:
     given: Tensor  # whose writes autograd counts: a DTensor, or the live weights themselves
     live: Tensor
     operand: Operand  # as the kernels take it, in the memory where it was adopted
+    address: int  # of that memory
     entry: _Entry
     moves: int  # of the master so far
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it has got other memory since, by `w.data = ...`."""
-        return self.live.data_ptr() != self.operand.out.data_ptr()
+        """Whether it has got other memory since, by `w.data = ...` or resizing, or has lost it."""
+        return self.live.data_ptr() != self.address or not is_whole(self.live)
 
 
 class _Key(NamedTuple):
@@ -96,9 +97,7 @@ _entries: dict[_Key, _Entry] = {}
 
 def adopted(layer: Layer) -> list[Tuned]:
     """What is tuned, with its masters."""
-    for key, entry in _entries.copy().items():
-        if entry.storage.expired():
-            _entries.pop(key, None)
+    _forget_dead()
     collected = tuned_parameters(layer)
     others = [live for e in _entries.copy().values() if (live := e.perturbed) is not None]
     for name, _, live, _ in collected:
@@ -119,23 +118,68 @@ def move_masters(
 ) -> None:
     """Moves the masters along the directions, in order, and makes the live weights theirs."""
     decays = isinstance(keep, Tensor) or keep != 1
-    moves = decays or len(scales) > 0
-    if decays:
-        for t in tuned:
-            if t.live.dim() > 1:
-                t.entry.master.mul_(keep)
-    with own_writes(tuned):
-        accumulate_layer([t.operand for t in tuned], seeds, scales, queries, gate=gate)
+    # An evaluation may have freed the memory of others.
+    operands = [t.operand for t in tuned if is_whole(t.operand.out)]
+    with moving(tuned) if decays or len(scales) > 0 else nullcontext():
+        if decays:
+            for t in tuned:
+                if t.live.dim() > 1:
+                    t.entry.master.mul_(keep)
+        with own_writes(tuned):
+            accumulate_layer(operands, seeds, scales, queries, gate=gate)
     for t in tuned:
-        t.entry.moves += moves
         t.entry.release(t.given)
 
 
-def forget(tuned: Sequence[Tuned]) -> None:
-    """Drops masters that do not speak for their weights any more."""
-    dropped = {id(t.entry) for t in tuned}
+@contextmanager
+def moving(tuned: Sequence[Tuned]) -> Iterator[None]:
+    """Around moves of masters and weights: where they fail midway, the masters are dropped."""
+    try:
+        yield
+    except BaseException:
+        _forget(t.entry for t in tuned)
+        raise
+    for t in tuned:
+        t.entry.moves += 1
+
+
+def release(layer: Layer) -> None:
+    """Frees the float32 masters of a layer, which are otherwise kept for its next step.
+
+    That is for the end of a run: the next `zo_step` makes them anew of the weights as they are,
+    without what was below the last digit of their dtype. Steps that are open on the layer cannot be
+    taken any more. The masters of memory that is no more are freed too, with `release([])` these
+    alone.
+
+    Args:
+        layer: as in `zo_step`; frozen parameters count, and views stand for all of their memory.
+
+    Raises:
+        TypeError: the layer is none of the three.
+        RuntimeError: a step has the layer perturbed; nothing is freed.
+    """
+    names = storages(layer)
+    found = [(key, entry) for key, entry in _entries.copy().items() if key.storage in names]
+    for key, entry in found:
+        if entry.perturbed is not None:
+            raise perturbed_error(names[key.storage])
+    _forget(entry for _, entry in found)
+    _forget_dead()
+
+
+def _forget(entries: Iterable[_Entry]) -> None:
+    """Drops masters, and makes steps that are open on them invalid."""
+    dropped = {id(entry): entry for entry in entries}
     for key, entry in _entries.copy().items():
         if id(entry) in dropped:
+            _entries.pop(key, None)
+    for entry in dropped.values():
+        entry.moves += 1
+
+
+def _forget_dead() -> None:
+    for key, entry in _entries.copy().items():
+        if entry.storage.expired():
             _entries.pop(key, None)
 
 
@@ -166,7 +210,7 @@ def perturbed_error(name: str) -> RuntimeError:
 def _tuned(name: str, given: Tensor, live: Tensor, numbering: Numbering) -> Tuned:
     entry = _adopt(name, given, live)
     operand = Operand(live.detach(), entry.master, **numbering)
-    return Tuned(name, given, live, operand, entry, entry.moves)
+    return Tuned(name, given, live, operand, live.data_ptr(), entry, entry.moves)
 
 
 def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypedDict
+from contextlib import suppress
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dlzo_kernels.ops._common import check_writable, extent, overlap
 
@@ -35,15 +37,31 @@ def tuned_parameters(layer: Layer) -> list[tuple[str, Tensor, Tensor, Numbering]
             tuned.add(id(tensor))
     found: list[tuple[str, Tensor, Tensor, Numbering]] = []
     for stream, (key, (name, tensor)) in enumerate(named.items()):
+        if key not in tuned:  # whatever it is: nothing is done to it
+            continue
         local, offset, row_stride = _shard(name, tensor)
         _check_parameter(name, local)
-        if key in tuned:
-            numbering = Numbering(stream=stream, offset=offset, row_stride=row_stride)
-            found.append((name, tensor, local, numbering))
+        numbering = Numbering(stream=stream, offset=offset, row_stride=row_stride)
+        found.append((name, tensor, local, numbering))
     if not found:
         raise ValueError("the layer has no parameter that requires grad; call requires_grad_(True)")
     _refuse_overlap((name, local) for name, _, local, _ in found if local.numel())
     return found
+
+
+def storages(layer: Layer) -> dict[int, str]:
+    """The storages of all parameters, frozen ones too, by StorageWeakRef's number: their names."""
+    found: dict[int, str] = {}
+    for name, tensor, _ in _named_tensors(layer):
+        with suppress(NotImplementedError, ValueError):  # sparse, or not initialised: it has none
+            found[StorageWeakRef(_local(tensor).untyped_storage()).cdata] = name
+    return found
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether its storage, which somebody may have resized, still holds all of its elements."""
+    end = tensor.storage_offset() * tensor.element_size() + extent(tensor)
+    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
 
 
 def _refuse_overlap(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -78,17 +96,26 @@ def _named_tensors(layer: Layer) -> Iterator[tuple[str, Tensor, bool]]:
         )
 
 
-def _shard(name: str, tensor: Tensor) -> tuple[Tensor, int, int | None]:
-    """(shard, offset, row stride) of a DTensor in this process; any other tensor is its own."""
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor; any other tensor itself."""
     # Where nobody has imported it there is no DTensor, and importing it is slow.
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(tensor, module.DTensor):
+        return tensor
+    return tensor.to_local().detach()
+
+
+def _shard(name: str, tensor: Any) -> tuple[Tensor, int, int | None]:
+    """(shard, offset, row stride) of a DTensor in this process; any other tensor is its own."""
+    live = _local(tensor)
+    if live is tensor:
         return tensor, 0, None
-    if not all(type(p) in (module.Shard, module.Replicate) for p in tensor.placements):
-        raise ValueError(f"{name} is placed as {tensor.placements}; only shards can be tuned")
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, live = tuple(tensor.shape), tensor.to_local().detach()
+    if not all(type(p) in (Shard, Replicate) for p in tensor.placements):
+        raise ValueError(f"{name} is placed as {tensor.placements}; only shards can be tuned")
+    shape = tuple(tensor.shape)
     _, start = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
     if len(shape) < 2:
         return live, sum(start), None
@@ -105,3 +132,5 @@ def _check_parameter(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device and holds no values; load it first")
     check_writable(name, tensor)
+    if not is_whole(tensor):
+        raise ValueError(f"the storage of {name} was resized below its elements; load it anew")

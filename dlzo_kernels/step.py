@@ -14,7 +14,7 @@ from dlzo_kernels.masters import adopted, move_masters, own_writes, perturbed_er
 from dlzo_kernels.ops._common import check_device_numbers, check_range
 from dlzo_kernels.ops.accumulate import check_directions
 from dlzo_kernels.ops.perturb import perturb_layer
-from dlzo_kernels.parameters import Layer
+from dlzo_kernels.parameters import Layer, is_whole
 from dlzo_kernels.signals import Held
 
 Loss = float | Tensor
@@ -126,7 +126,8 @@ def zo_step(
 
     The weights always come from a float32 master that outlives the step: live = round(master ±
     eps z). So nothing drifts (lr = 0 leaves every bit), and bfloat16 does not stall on updates
-    below half an ulp. The master is derived anew whenever somebody else has written the weights.
+    below half an ulp. The master is derived anew whenever somebody else has written the weights,
+    and kept until `release` frees it.
     A pass compares the weights with their master; with `closure` and one direction three more
     write them: plus, minus, update.
 
@@ -310,8 +311,10 @@ class ZOStep:
         move_masters(self._tuned, [], [], [])
         # What an evaluation gave it in place of its memory was made of perturbed weights.
         for t in self._tuned:
-            if t.is_elsewhere and t.live.shape == t.operand.out.shape:
-                t.live.detach().copy_(t.operand.out)
+            live, out = t.live, t.operand.out
+            is_other = live.data_ptr() != out.data_ptr() and live.shape == out.shape
+            if is_other and is_whole(live):
+                live.detach().copy_(t.entry.master.to(out.dtype))
 
     def _finish(
         self, plus: list[Loss], minus: list[Loss], max_loss: float = math.inf

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import weakref
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,15 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bits import assert_same_bits, bits, copies, weights
 from dlzo_kernels import (
     LowRankStep,
+    StepResult,
     accumulate_,
     gaussian,
+    low_rank,
+    low_rank_replay,
     masters,
+    release,
     signals,
     update_scales,
     zo_replay,
     zo_step,
 )
 from dlzo_kernels import step as step_module
+from dlzo_kernels.ops import accumulate
 
 
 def layer_of(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -521,6 +527,36 @@ def test_memory_that_has_shrunk_needs_its_old_master_no_more():
     assert zo_step(small, 1, 1e-3, 1e-3, closure=lambda: small.sum()).applied
 
 
+@pytest.mark.parametrize("size", [0, 40])
+def test_memory_that_an_evaluation_frees_is_told_and_not_written(size):
+    w, other, again = torch.ones(4096), torch.ones(8), torch.ones(4096)
+
+    def free() -> float:
+        w.untyped_storage().resize_(size)
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="tensor 0 was written since the step was opened"):
+        zo_step([w, other], 1, 1e-2, 1e-2, closure=free)
+    step = zo_step([again, other], 1, 1e-2, 1e-2)
+    with step.plus():
+        again.untyped_storage().resize_(size)
+    with pytest.raises(RuntimeError, match="tensor 0 was written since the step was opened"):
+        step.update(1.0, 0.5)
+    assert_same_bits(other, torch.ones(8))
+    with pytest.raises(ValueError, match="storage of the tensor was resized below its elements"):
+        zo_step(w, 1, 1e-2, 1e-2)
+
+
+def test_weights_get_their_values_where_their_old_memory_was_freed(dtype):
+    w = weights(500, dtype=dtype)
+    before, step = w.clone(), zo_step(w, 1, 1e-2, 1e-2)
+    with step.plus():
+        old = w.untyped_storage()
+        w.data = w.clone()
+        old.resize_(0)
+    assert_same_bits(w, before)
+
+
 def test_weights_put_back_beneath_a_view_forget_the_hidden_digits():
     ends = []
     w = torch.ones(64, dtype=torch.bfloat16)
@@ -614,6 +650,66 @@ def test_masters_of_dead_tensors_are_dropped():
     assert len(masters._entries) <= count
 
 
+def test_released_masters_are_freed_and_made_anew(monkeypatch):
+    monkeypatch.setattr(masters, "_entries", {})
+
+    def held() -> int:
+        return sum(entry.master.nbytes for entry in masters._entries.values())
+
+    layer, other = layer_of(torch.bfloat16), layer_of(torch.bfloat16)
+    for each in (layer, other):
+        zo_step(each, 1, 1e-3, 1e-6).update(1.0, 0.5)
+    both, master = held(), weakref.ref(next(iter(masters._entries.values())).master)
+    release([layer.requires_grad_(False), nn.Linear(2, 2), torch.ones(2).to_sparse()])
+    assert held() == both // 2 == 4 * (2 * 30 * 17 + 17) and master() is None
+    del each, other
+    release([])
+    assert held() == 0
+    before = copies(layer)
+    assert zo_step(layer.requires_grad_(True), 1, 1e-3, 0.0, closure=lambda: 1.0).applied
+    assert_untouched(layer, before)
+
+
+def test_masters_of_an_open_step_are_kept_while_it_has_the_layer_perturbed():
+    layer, before = layer_of(), copies(layer_of())
+    step = zo_step(layer, 1, 1e-2, 1e-2)
+    with step.plus(), pytest.raises(RuntimeError, match="q is perturbed by an open step"):
+        release(layer)
+    assert_untouched(layer, before)
+    with step.minus():
+        pass
+    release(layer.k)
+    with pytest.raises(RuntimeError, match="k was written since the step was opened"):
+        step.update(1.0, 0.5)
+    assert_untouched(layer, before)
+
+
+@pytest.mark.parametrize("failing", [accumulate, low_rank])
+def test_masters_that_an_update_left_half_moved_are_dropped(monkeypatch, failing):
+    name = "_accumulate_cpu" if failing is accumulate else "add_low_rank"
+    real, calls = getattr(failing, name), []
+
+    def fail(*arguments):
+        calls.append(0)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*arguments)
+
+    parts = torch.ones(6, 5, dtype=torch.bfloat16), torch.ones(6, 5, dtype=torch.bfloat16)
+    options = {"rank": 2, "v_seed": 3} if failing is low_rank else {}
+    take = LowRankStep if failing is low_rank else zo_step
+    first, second = (take(parts, 1, 1e-2, 1e-6, **options) for _ in range(2))
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(failing, name, fail)
+        first.update(1.0, 0.5)
+    # The move is far below half a unit in the last place: nothing else tells the master by.
+    assert all(torch.equal(w, torch.ones_like(w)) for w in parts)
+    with pytest.raises(RuntimeError, match="was written since the step was opened"):
+        second.update(1.0, 0.5)
+    for t in masters.adopted(parts):
+        assert_same_bits(t.entry.master, torch.ones(6, 5))
+
+
 def test_strided_tied_and_inference_tensors():
     base = torch.randn(20, 30).bfloat16()
     view = base.t()[3:9]
@@ -690,13 +786,29 @@ def test_a_move_beyond_the_range_of_the_dtype_is_not_made(dtype, share, applied)
     assert w.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        torch.zeros(4, dtype=torch.uint8),
+        torch.zeros(4, dtype=torch.float64),
+        torch.zeros(1).expand(4),
+        torch.zeros(4, device="meta"),
+        torch.zeros(4).to_sparse(),
+    ],
+    ids=["uint8", "float64", "expanded", "meta", "sparse"],
+)
+def test_a_frozen_parameter_of_any_kind_is_counted_and_left_alone(frozen):
+    plain, mixed = layer_of(), layer_of()
+    mixed.frozen = nn.Parameter(frozen, requires_grad=False)
+    for layer in (plain, mixed):
+        zo_step(layer, 1, 1e-2, 1e-2).update(1.0, 0.5)
+    for name in ("q", "k", "bias"):
+        assert_same_bits(getattr(mixed, name), getattr(plain, name))
+
+
 def test_what_cannot_be_tuned_is_refused_by_name():
-    mixed = layer_of()
-    mixed.register_parameter(
-        "packed", nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-    )
-    with pytest.raises(TypeError, match=r"packed has dtype torch\.uint8"):
-        zo_step(mixed, 1, 1e-3, 1e-3)
+    with pytest.raises(TypeError, match=r"tensor 1 has dtype torch\.uint8"):
+        zo_step([torch.zeros(4), torch.zeros(4, dtype=torch.uint8)], 1, 1e-3, 1e-3)
     with pytest.raises(ValueError, match="weight is on the meta device"):
         zo_step(nn.Linear(2, 2, device="meta"), 1, 1e-3, 1e-3)
     with pytest.raises(TypeError, match=r"the tensor has dtype torch\.float64"):
@@ -936,6 +1048,38 @@ def test_seeds_and_scales_of_any_kind_give_the_same_bits(dtype, seeds, scales):
     accumulate_(weights(70, dtype=dtype).float(), seeds, scales, query=range(3), out=moved)
     assert_same_bits(replayed, expected)
     assert_same_bits(moved, expected)
+
+
+@pytest.mark.parametrize("replay", [zo_replay, low_rank_replay])
+def test_a_signal_during_a_replay_waits_for_its_end(monkeypatch, ctrl_c, replay):
+    layer, twin = layer_of(), layer_of()
+    numbers = ([1], [0.5], [0]) if replay is zo_replay else (1, 2, 1, [0.5])
+    replay(twin, *numbers)
+    module, name = (accumulate, "_accumulate_cpu") if replay is zo_replay else (masters, "moving")
+    real = getattr(module, name)
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replay(layer, *numbers)
+    assert_untouched(layer, copies(twin))
+
+
+def test_scales_of_an_update_are_multiplied_from_left_to_right():
+    # -lr * g / 3 and -lr * (g / 3) are 0.00010666666666666668.
+    assert update_scales(1e-3, [-0.32, 0.0, 3.0]) == [0.00010666666666666667, 0.0, -1e-3]
+
+
+def test_a_result_in_memory_is_read_anew_at_each_look():
+    numbers = torch.tensor([2.0, 1.0, 5.0, 1.0], dtype=torch.float64)
+    result = StepResult(numbers)
+    assert result.projected_grads == (5.0,) and result.applied
+    numbers.copy_(torch.tensor([3.0, 4.0, -5.0, 0.0]))  # as a replay of a CUDA graph does
+    assert (result.loss_plus, result.loss_minus, result.projected_grad) == (3.0, 4.0, -5.0)
+    assert not result.applied
 
 
 def test_a_loss_above_the_limit_moves_nothing():
