@@ -15,6 +15,7 @@ from dlzo_kernels._version import NOISE_VERSION, __version__
 from dlzo_kernels.backends import Backend, backends, select_isa_from_environment
 from dlzo_kernels.low_rank import LowRankStep, low_rank_replay
 from dlzo_kernels.masters import release
+from dlzo_kernels.ops._triton import LaunchError
 from dlzo_kernels.ops.accumulate import accumulate_
 from dlzo_kernels.ops.activation_stats import ActivationStats, activation_stats
 from dlzo_kernels.ops.gaussian import gaussian
@@ -29,6 +30,7 @@ __all__ = [
     "NOISE_VERSION",
     "ActivationStats",
     "Backend",
+    "LaunchError",
     "LowRankStep",
     "StepResult",
     "ZOStep",

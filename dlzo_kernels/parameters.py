@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import check_writable, extent, overlap
 
 Layer = nn.Module | Tensor | Iterable[nn.Module | Tensor]
@@ -125,6 +126,8 @@ def _shard(name: str, tensor: Any) -> tuple[Tensor, int, int | None]:
 
 
 def _check_parameter(name: str, tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        _gpu.selected()  # or it raises, before anything is written
     if type(tensor) not in (Tensor, nn.Parameter):
         raise TypeError(
             f"{name} is a {type(tensor).__name__}, not a plain tensor; de-quantise or unwrap it"

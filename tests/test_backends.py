@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import dlzo_kernels
 from dlzo_kernels import _C
 from dlzo_kernels.backends import report
 from dlzo_kernels.ops import _gpu, _triton
+from dlzo_kernels.ops._common import check_tensor
 from dlzo_kernels.ops._parts import Directions
 
 
@@ -117,6 +119,17 @@ def test_a_gpu_column_that_cannot_run_is_refused(monkeypatch, column):
         _gpu.select(column)
     with pytest.raises(ValueError, match="unknown GPU column 'metal'; choose one of cuda, triton"):
         _gpu.select("metal")
+
+
+def test_only_what_is_exact_asks_for_an_exact_column(monkeypatch):
+    monkeypatch.setattr(_gpu, "_selected", [])
+    monkeypatch.delenv("DLZO_GPU", raising=False)
+    monkeypatch.setattr(_gpu, "why_not", lambda column: "another ptxas")
+    with FakeTensorMode():
+        there = torch.empty(1, 1, 3, 8, device="cuda")
+    check_tensor("query", there)  # all that attention asks for, beside Triton
+    with pytest.raises(ValueError, match=r"no GPU column can run here \(cuda: another ptxas"):
+        dlzo_kernels.zo_step(there, 1, 1e-3, 1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

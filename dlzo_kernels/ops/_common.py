@@ -10,8 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dlzo_kernels.ops import _gpu
-
 LIBRARY = torch.library.Library("dlzo", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -118,9 +116,7 @@ def check_device_numbers(
 
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raises TypeError or ValueError unless a kernel can work on the tensor."""
-    if tensor.is_cuda:
-        _gpu.selected()
-    elif not tensor.is_cpu:
+    if not (tensor.is_cpu or tensor.is_cuda):
         raise NotImplementedError(
             f"{name} is on {tensor.device}, for which there is no kernel; "
             "move it to the CPU or a CUDA device"

@@ -59,11 +59,15 @@ class Plan(NamedTuple):
     exact: bool = True
 
 
+class LaunchError(RuntimeError):
+    """Triton cannot compile or load a kernel here: nothing of the op has run."""
+
+
 def launch(plans: Iterable[Plan], device: torch.device) -> None:
     """Enqueues kernels on torch's current stream of the device; waits for nothing.
 
     Raises:
-        RuntimeError: triton cannot compile one here.
+        LaunchError: triton cannot compile or load one here.
     """
     with torch.cuda.device(device):
         for plan in plans:
@@ -74,13 +78,13 @@ def launch(plans: Iterable[Plan], device: torch.device) -> None:
                     plan.kernel, types, constants, plan.num_warps, plan.exact, device
                 )
                 kernel[plan.grid, 1, 1](*plan.arguments, *plan.constants.values())
-            except RuntimeError:
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             # Compilers that fail and registers that do not suffice have nothing else in common.
             except Exception as error:
-                raise RuntimeError(
-                    f"Triton cannot compile its kernels here ({error}): mend its installation, or "
-                    "uninstall triton"
+                raise LaunchError(
+                    f"Triton cannot compile or load a kernel here ({error}): mend its "
+                    "installation, or uninstall triton"
                 ) from error
 
 

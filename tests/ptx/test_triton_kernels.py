@@ -28,7 +28,7 @@ from trees import chain, inputs
 
 pytest.importorskip("triton")
 
-from dlzo_kernels import _C
+from dlzo_kernels import _C, LaunchError
 from dlzo_kernels.ops import _triton
 from dlzo_kernels.ops._triton import Plan
 from ptx import lint
@@ -157,15 +157,27 @@ def test_an_assembler_that_fuses_packed_products_is_refused(monkeypatch):
             check(100)
 
 
-@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "gcc"), OSError("no ptxas")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.CalledProcessError(1, "gcc"),
+        OSError("no ptxas"),
+        RuntimeError("Failed to find C compiler"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_toolchain_that_fails_is_told_as_one_kind_of_error(monkeypatch, error):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(_triton, "_compiled", fail)
-    with pytest.raises(RuntimeError, match="Triton cannot compile its kernels here"):
-        _triton.launch([NOISE_PLANS["perturb_bfloat16_bfloat16"]], torch.device("cuda"))
+    plans = [NOISE_PLANS["perturb_bfloat16_bfloat16"]]
+    with pytest.raises(LaunchError, match=r"Triton cannot compile or load a kernel here \("):
+        _triton.launch(plans, torch.device("cuda"))
+    error = torch.OutOfMemoryError("no memory left")  # of a GPU, not of the toolchain
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        _triton.launch(plans, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", NOISE_PLANS)
