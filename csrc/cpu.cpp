@@ -39,8 +39,7 @@ bool join_last(std::vector<int64_t>& shape, View (&views)[2]) {
   return true;
 }
 
-char* address_of(const View& view, const std::vector<int64_t>& shape, int64_t row,
-                 int64_t column) {
+char* address_of(const View& view, const std::vector<int64_t>& shape, int64_t row, int64_t column) {
   int64_t position = column * view.strides.back();
   for (size_t d = shape.size() - 1; d-- > 0; row /= shape[d])
     position += row % shape[d] * view.strides[d];
