@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
     BertConfig,
+    BlenderbotConfig,
     Gemma3Config,
     Llama4TextConfig,
     LlamaConfig,
@@ -22,12 +24,13 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     Qwen2MoeConfig,
+    XGLMConfig,
 )
 
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
-from dlzo.scoring import PrefixCache, Scorer, max_length, norms
+from dlzo.scoring import PrefixCache, Scorer, max_length, norms, trial
 from dlzo.scoring.norms import by_kernel, rms_norms
 from dlzo.scoring.trial import Trial
 from dlzo.sites import find_sites
@@ -171,10 +174,11 @@ def test_losses_of_several_tuned_layers_and_of_the_whole_model(family, tuned, ca
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
-def test_what_each_architecture_allows():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_each_architecture_allows(dtype):
     problems = {}
     for family in CONFIGS:
-        model = tiny_model(family)
+        model = tiny_model(family, dtype)
         layer = decoder_layers(model)[1]
         scorer = Scorer(model, byte_tokenizer(), layer, cache=PrefixCache(1 << 20))
         found = (
@@ -208,7 +212,7 @@ def test_reserved_tokens_do_not_decide_what_is_allowed(monkeypatch):
 def test_a_leak_that_could_pass_for_rounding_is_noticed(monkeypatch):
     monkeypatch.setattr(Trial, "_problem", lambda *_: None)
     scorer = Scorer(tiny_model("bloom"), byte_tokenizer())
-    assert "see each other" in scorer.trees_problem
+    assert "what lies beside it" in scorer.trees_problem
 
 
 def test_a_leak_from_the_token_before_is_noticed(monkeypatch):
@@ -221,7 +225,49 @@ def test_a_leak_from_the_token_before_is_noticed(monkeypatch):
 
     monkeypatch.setattr(model.model.embed_tokens, "forward", shifted)
     monkeypatch.setattr(Trial, "_problem", lambda *_: None)
-    assert "see each other" in Scorer(model, byte_tokenizer()).trees_problem
+    assert "what lies beside it" in Scorer(model, byte_tokenizer()).trees_problem
+
+
+def decoder_alone(config, **more):
+    """Of an encoder and a decoder the latter, its embeddings tied to the output and strong."""
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "is_decoder": True}
+    sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "decoder_ffn_dim": 64}
+    return random_model(config(**common, **sizes, decoder_attention_heads=4, init_std=0.2, **more))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [BartConfig, BlenderbotConfig])
+def test_a_model_whose_positions_are_places_in_the_row_is_not_packed(config, dtype):
+    model = decoder_alone(config).to(dtype)
+    scorer = Scorer(model, byte_tokenizer())
+    assert scorer.trees_problem is not None
+    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
+    atol = 1e-5 if dtype is torch.float32 else 0.1
+    for found, example in zip(scores, EXAMPLES, strict=True):
+        expected = plain_scores(model, scorer.tokenizer, example).float()
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=atol)
+
+
+def test_strong_tied_embeddings_hide_no_leak():
+    layers = {"num_layers": 3, "attention_heads": 4, "ffn_dim": 64}
+    model = decoder_alone(XGLMConfig, **layers)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(8)
+    assert "would score otherwise" in Scorer(model, byte_tokenizer()).trees_problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_unit_in_the_last_place_is_no_leak(dtype, monkeypatch):
+    change = 1e-6  # of scores around 8
+
+    def beside(self, others, lay_out):
+        return change if lay_out is trial._in_trees else 0.0
+
+    monkeypatch.setattr(Trial, "_change_beside", beside)
+    assert Scorer(tiny_model("llama", dtype), byte_tokenizer()).trees_problem is None
+    change = 1e-4
+    problem = Scorer(tiny_model("llama", dtype), byte_tokenizer()).trees_problem
+    assert "what lies beside it" in problem
 
 
 @pytest.mark.parametrize("leaks", [False, True])
@@ -243,7 +289,7 @@ def test_roundings_that_change_with_the_company_are_no_leak(leaks, monkeypatch):
         monkeypatch.setattr(embed, "forward", shifted)
         monkeypatch.setattr(Trial, "_problem", lambda *_: None)
     problem = Scorer(model, byte_tokenizer()).trees_problem
-    assert ("see each other" in problem) if leaks else problem is None
+    assert ("what lies beside it" in problem) if leaks else problem is None
 
 
 def test_weights_shared_with_another_layer_move_there_too():
