@@ -197,3 +197,19 @@ def test_weights_below_that_were_written_since_are_seen(write):
     scorer.cache_prefixes(batch)
     assert cache.used_bytes == used
     assert scorer.losses(scorer.plan(batch)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_weights_that_do_not_count_their_writes_are_not_cached():
+    with torch.inference_mode():
+        model = tiny_model()
+    layer = decoder_layers(model)[2]
+    scorer = Scorer(model, byte_tokenizer(), layer, cache=PrefixCache(1 << 20))
+    assert "embed_tokens.weight was made in inference mode" in scorer.cache_problem
+    batch = scorer.encode(EXAMPLES)
+    scorer.cache_prefixes(batch)
+    scorer.losses(scorer.plan(batch))
+    with torch.inference_mode():
+        decoder_layers(model)[0].mlp.down_proj.weight.mul_(3)
+    cold = Scorer(model, scorer.tokenizer, layer)
+    expected = cold.losses(cold.plan(batch))
+    assert scorer.losses(scorer.plan(batch)) == pytest.approx(expected, abs=1e-6)

@@ -24,18 +24,19 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     Qwen2MoeConfig,
+    ReformerConfig,
     XGLMConfig,
 )
 
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
-from dlzo.scoring import PrefixCache, Scorer, max_length, norms, trial
+from dlzo.scoring import PrefixCache, Scorer, attention, max_length, norms, trial
 from dlzo.scoring.norms import by_kernel, rms_norms
 from dlzo.scoring.trial import Trial
 from dlzo.sites import find_sites
 from dlzo.tasks import Example, get_task, load_split
-from dlzo_kernels import rms_norm
+from dlzo_kernels import LaunchError, rms_norm
 from plain import plain_scores
 from runs import TOKENIZER
 from tiny import CONFIGS, HYBRIDS, VOCABULARY, byte_tokenizer, random_model, tiny_model
@@ -377,6 +378,40 @@ def test_what_a_model_raises_without_the_layers_below_is_a_reason(monkeypatch):
     monkeypatch.setattr(Scorer, "cache_prefixes", lambda *_: {}["sliding_attention"])
     scorer = Scorer(model, tokenizer, model.model.layers[1], cache=PrefixCache(1 << 20))
     assert "does not allow it ('sliding_attention')" in scorer.cache_problem
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError, torch.AcceleratorError, LaunchError], ids=str
+)
+def test_what_the_machine_raises_is_no_reason(error, monkeypatch):
+    def failing(*_, **__):
+        raise error("of the machine")
+
+    monkeypatch.setattr(attention, "tree_attention", failing)
+    with pytest.raises(error, match="of the machine"):
+        Scorer(tiny_model(), byte_tokenizer())
+
+
+def test_layers_that_give_named_tuples_are_given_no_input():
+    config = ReformerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        attention_head_size=8,
+        num_attention_heads=4,
+        feed_forward_size=64,
+        attn_layers=["local"] * 3,
+        local_attn_chunk_length=64,
+        axial_pos_embds=False,
+        max_position_embeddings=256,
+        is_decoder=True,
+    )
+    model = random_model(config)
+    layer = decoder_layers(model)[1]
+    scorer = Scorer(model, byte_tokenizer(), layer, cache=PrefixCache(1 << 20))
+    assert "does not allow it (ReformerOutput" in scorer.cache_problem
+    states = Shift(layer).states
+    losses = scorer.losses(scorer.plan(scorer.encode(EXAMPLES)), states)
+    assert losses == pytest.approx(plain_losses(model, byte_tokenizer(), states), abs=1e-5)
 
 
 def test_an_mlp_that_mixes_tokens_is_noticed(monkeypatch):

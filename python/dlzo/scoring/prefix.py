@@ -149,6 +149,13 @@ class FrozenWeights:
             self._seen = seen
         return self._fingerprint
 
+    def untracked(self) -> str | None:
+        """The name of a weight that does not count its writes, an inference tensor; None if none.
+
+        What `fingerprint` gives would be stale when it is written.
+        """
+        return next((name for name, tensor in self._tensors() if tensor.is_inference()), None)
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         layers = list(decoder_layers(self._model))
         own = layers.index(self._layer)

@@ -20,8 +20,9 @@ from dlzo.scoring.forward import Beside, State
 from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
 from dlzo.scoring.norms import rms_norms
 from dlzo.scoring.plan import Plan, plan_of
-from dlzo.scoring.prefix import PrefixCache
+from dlzo.scoring.prefix import FrozenWeights, PrefixCache
 from dlzo.scoring.runner import unsupported
+from dlzo_kernels import LaunchError
 
 if TYPE_CHECKING:
     from dlzo.scoring.scorer import Scorer
@@ -35,6 +36,8 @@ _LED_ASTRAY = (
     *(UnsupportedAttentionError, UserError, RuntimeError, ValueError, TypeError),
     *(LookupError, AttributeError),
 )
+# Among these, what the machine raises, of which a model can do nothing.
+_OF_THE_MACHINE = (torch.OutOfMemoryError, torch.AcceleratorError, LaunchError)
 
 
 class Trial:
@@ -129,6 +132,9 @@ class Trial:
         return f"{self.name} would score otherwise, by {distance:.1g}"
 
     def _refusal(self, error: Exception) -> str:
+        """What a model raised as a reason; errors of the machine are raised again."""
+        if isinstance(error, _OF_THE_MACHINE):
+            raise error
         return f"{self.name} does not allow it ({error})"
 
     def _find_last_mlp(self) -> str | None:
@@ -211,8 +217,10 @@ class Trial:
         if cache is not None or scorer.states_problem is not None:
             problem = self._find_whether_it_takes_an_input()
             scorer.takes_input = problem is None
-            scorer.cache = cache if problem is None else None
-            scorer.cache_problem = problem if cache is not None else scorer.cache_problem
+            scorer.cache = None
+            if cache is not None:
+                scorer.cache_problem = problem or self._find_what_hides_writes()
+                scorer.cache = cache if scorer.cache_problem is None else None
 
     def _find_whether_it_takes_an_input(self) -> str | None:
         """Why the tuned layer's input cannot be given, as from a cache; None if it can."""
@@ -226,16 +234,24 @@ class Trial:
             self.scorer.runner.below[layer] = _beside(output)
 
         best = self._best()
-        with ExitStack() as stack:
-            for layer in below:
-                stack.enter_context(layer.register_forward_hook(note))
-            self.scorer.scores(best)
-        self.scorer.cache = PrefixCache(memory_bytes=1 << 30)
         try:
+            with ExitStack() as stack:
+                for layer in below:
+                    stack.enter_context(layer.register_forward_hook(note))
+                self.scorer.scores(best)
+            self.scorer.cache = PrefixCache(memory_bytes=1 << 30)
             self.scorer.cache_prefixes(self.batch)
         except _LED_ASTRAY as error:
             return self._refusal(error)
         return self._problem(best, (nullcontext,))
+
+    def _find_what_hides_writes(self) -> str | None:
+        """Which weight below the tuned layer could be written unseen; None if none could."""
+        assert self.scorer.layer is not None  # or nothing could be given
+        hidden = FrozenWeights(self.model, self.scorer.layer).untracked()
+        if hidden is None:
+            return None
+        return f"{hidden} was made in inference mode, where nothing tells that it was written"
 
 
 def _beside(output: Any) -> Beside | None:
