@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ModernBertDecoderConfig
 from transformers.utils import logging
 
 import dlzo.models
@@ -25,7 +25,7 @@ from dlzo.models import (
     parse_device,
     parse_dtype,
 )
-from tiny import CONFIGS, byte_tokenizer, tiny_model
+from tiny import CONFIGS, byte_tokenizer, random_model, tiny_model
 from tiny_gguf import write_gguf
 
 
@@ -74,6 +74,16 @@ def test_decoder_layers_are_the_outermost_list() -> None:
         [nn.Linear(2, 2), nn.ReLU(), nn.ReLU(), nn.ReLU()]
     )
     assert decoder_layers(model) is model.model.layers
+
+
+def test_decoder_layers_outside_what_a_model_calls_its_decoder() -> None:
+    config = ModernBertDecoderConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, pad_token_id=0, bos_token_id=0, eos_token_id=0, cls_token_id=0,
+        sep_token_id=0,
+    )  # fmt: skip
+    model = random_model(config)
+    assert decoder_layers(model) is model.get_submodule("model.layers")
 
 
 def test_decoder_layers_refuses_a_model_without_them() -> None:

@@ -15,9 +15,11 @@ from transformers import (
     BertConfig,
     BlenderbotConfig,
     Gemma3Config,
+    Gemma3TextConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    MellumConfig,
     MllamaConfig,
     MptConfig,
     OpenAIGPTConfig,
@@ -25,6 +27,8 @@ from transformers import (
     PhimoeConfig,
     Qwen2MoeConfig,
     ReformerConfig,
+    RobertaConfig,
+    WhisperConfig,
     XGLMConfig,
 )
 
@@ -362,11 +366,36 @@ def test_a_mixture_of_experts_is_packed_unless_it_windows_by_a_mask(window):
         initializer_range=0.2,
         sliding_window=window,
         use_sliding_window=window is not None,
-        max_window_layers=0,
+        max_window_layers=1,
     )
     model = random_model(config)
     scorer = Scorer(model, byte_tokenizer())
     assert (scorer.trees_problem is None) == (window is None)
+    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
+    for found, example in zip(scores, EXAMPLES, strict=True):
+        expected = plain_scores(model, scorer.tokenizer, example)
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+
+
+def test_a_mixture_of_experts_with_windows_in_some_layers_is_packed():
+    config = MellumConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["sparse"] * 2,
+    )
+    model = random_model(config)
+    scorer = Scorer(model, byte_tokenizer())
+    assert scorer.trees_problem is None
     (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
     for found, example in zip(scores, EXAMPLES, strict=True):
         expected = plain_scores(model, scorer.tokenizer, example)
@@ -1004,6 +1033,15 @@ def test_layers_that_give_lists():
     assert find_sites(model)[1].down_projection is not None
 
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 48,
+    "long_factor": [2.0] * 48,
+    "original_max_position_embeddings": 1024,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "length"),
     [
@@ -1015,20 +1053,59 @@ def test_layers_that_give_lists():
             Phi3Config(
                 max_position_embeddings=4096,
                 original_max_position_embeddings=1024,
+                rope_parameters=LONG_ROPE,
+            ),
+            1024,
+        ),
+        (LlamaConfig(max_position_embeddings=4096, rope_parameters=LONG_ROPE), 1024),
+        (
+            Gemma3TextConfig(
+                max_position_embeddings=4096,
                 rope_parameters={
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 48,
-                    "long_factor": [2.0] * 48,
-                    "original_max_position_embeddings": 1024,
+                    "full_attention": LONG_ROPE,
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                 },
             ),
             1024,
         ),
+        (WhisperConfig(max_target_positions=64), 64),
     ],
 )
 def test_texts_are_no_longer_than_the_models_context(config, length):
-    assert max_length(SimpleNamespace(config=config)) == length
+    assert max_length(SimpleNamespace(config=config, modules=lambda: [])) == length
+
+
+def test_positions_that_begin_behind_padding_are_fewer():
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=66,
+        pad_token_id=1,
+        is_decoder=True,
+    )
+    model = random_model(config)
+    scorer = Scorer(model, byte_tokenizer())
+    assert max_length(model) == 64
+    (encoded,) = scorer.encode([Example("ab" * 99, (" a", " b"), 0)])
+    assert len(encoded.sequences[0]) == 63
+    assert scorer.scores(scorer.plan([encoded])).isfinite().all()
+
+
+def test_texts_beside_longer_ones_are_turned_as_alone():
+    config = CONFIGS["llama"]()
+    config.rope_parameters = LONG_ROPE | {
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 24,
+    }
+    model, texts = random_model(config), [Example("It " * n, (" a", " b"), 0) for n in (3, 12)]
+    scorer = Scorer(model, byte_tokenizer())
+    (scores,) = scorer.scores(scorer.plan(scorer.encode(texts)))
+    expected = plain_scores(model, byte_tokenizer(), texts[0])
+    torch.testing.assert_close(scores[0], expected, rtol=0, atol=1e-5)
 
 
 def test_accuracy_of_a_gold_loss_is_a_share_of_the_examples(tmp_path):

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -98,14 +99,16 @@ def parse_device(name: str) -> torch.device:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a model, layer 0 first.
 
-    They are found by structure: the outermost ModuleList of the text decoder that holds
-    `num_hidden_layers` blocks, of one class or, in a hybrid, each made of further modules.
+    They are found by structure: the outermost ModuleList of the text decoder, or else of the model,
+    that holds `num_hidden_layers` blocks, of one class or, in a hybrid, each made of further
+    modules.
 
     Raises:
         UserError: the model has no such list.
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
+    # What ModernBERT calls its decoder is a part of the head.
+    for module in chain(model.get_decoder().modules(), model.modules()):
         if not isinstance(module, nn.ModuleList) or len(module) != count:
             continue
         if len({type(block) for block in module}) == 1 or all(map(_is_composed, module)):

@@ -98,8 +98,7 @@ def attention_within_trees(
     if attention_mask is not None or unknown:
         raise UnsupportedAttentionError(", ".join(unknown) or "attention_mask")
     # Some mixtures of experts window by a mask alone, which is not made here.
-    config = getattr(module, "config", None)
-    if sliding_window is None and "output_router_logits" in kwargs and _is_windowed(config):
+    if sliding_window is None and "output_router_logits" in kwargs and _is_windowed(module):
         raise UnsupportedAttentionError("sliding_window")
     row = _row.get()
     terms: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap}
@@ -121,7 +120,12 @@ def hides_tokens(model: PreTrainedModel, names: Sequence[str], length: int) -> s
     return None
 
 
-def _is_windowed(config: Any) -> bool:
+def _is_windowed(attention: nn.Module) -> bool:
+    """Whether the configuration has a window for this layer's attention."""
+    config, index = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and index is not None and kinds[index] == "full_attention":
+        return False
     window = getattr(config, "sliding_window", None)
     return window is not None and getattr(config, "use_sliding_window", True)
 

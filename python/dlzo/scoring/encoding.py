@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.errors import UserError
@@ -89,11 +90,21 @@ def check_ids(
 def max_length(model: PreTrainedModel) -> int:
     """The most tokens of a text: MeZO's limit, or the model's own where that is lower."""
     config = model.config.get_text_config(decoder=True)
-    # MPT's is the second; beyond the last, LongRoPE turns all texts of a forward otherwise.
-    names = ["max_position_embeddings", "max_seq_len"]
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        names.append("original_max_position_embeddings")
-    lengths = (getattr(config, name, None) for name in names)
+    # The second is MPT's, the third that of Whisper's decoder.
+    names = "max_position_embeddings", "max_seq_len", "max_target_positions"
+    lengths = [getattr(config, name, None) for name in names]
+    # LongRoPE turns all texts of a forward otherwise where one is longer. Some models have several
+    # rotations, by kinds of layers.
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):
+        if isinstance(each, Mapping) and each.get("rope_type") == "longrope":
+            lengths.append(each["original_max_position_embeddings"])
+    # Where a table of positions has padding, as RoBERTa's, they begin behind it.
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module is model.get_input_embeddings():
+            continue
+        if module.padding_idx is not None and module.num_embeddings == lengths[0]:
+            lengths.append(module.num_embeddings - module.padding_idx - 1)
     return min(length for length in (MAX_LENGTH, *lengths) if length is not None)
 
 
