@@ -35,7 +35,7 @@ from transformers import (
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
-from dlzo.scoring import PrefixCache, Scorer, attention, max_length, norms, trial
+from dlzo.scoring import PrefixCache, Scorer, attention, max_length, norms, runner, trial
 from dlzo.scoring.norms import by_kernel, rms_norms
 from dlzo.scoring.trial import Trial
 from dlzo.sites import find_sites
@@ -711,6 +711,25 @@ def test_plan_explains_itself():
     assert "cache for 2 sequences" in text
     text = Scorer(model, tokenizer, loss="gold").plan(batch).explain()
     assert "output embeddings: all rows, positions: 3" in text
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *HYBRIDS])
+def test_logits_of_few_positions_exist_at_once(family, monkeypatch):
+    model = tiny_model(family) if family in CONFIGS else random_model(HYBRIDS[family]())
+    layer, states = decoder_layers(model)[1], Shift(decoder_layers(model)[1], 1 / 64).states
+    scorer = Scorer(model, byte_tokenizer(), layer, loss="gold", cache=PrefixCache(1 << 20))
+    batch = scorer.encode(EXAMPLES)
+    seen, runs = [], []
+    head, inside = model.get_output_embeddings(), next(decoder_layers(model)[0].children())
+    head.register_forward_hook(lambda _, __, out: seen.append(out.shape[:-1].numel()))
+    inside.register_forward_hook(lambda *_: runs.append(0))
+    expected = scorer.losses(scorer.plan(batch), states)
+    (most, *_), once = sorted(seen, reverse=True), len(runs)
+    seen.clear()
+    monkeypatch.setattr(runner, "LOGIT_BYTES", 4 * VOCABULARY * len(states) * 7)
+    assert scorer.losses(scorer.plan(batch), states) == pytest.approx(expected, abs=1e-5)
+    assert max(seen) <= 7 * len(states) < most
+    assert len(runs) == 2 * once
 
 
 def test_options_of_one_token_share_the_prompt():

@@ -97,6 +97,19 @@ def only_at(
     return replaced_forward(module, at_some)
 
 
+def computed_once(module: nn.Module) -> AbstractContextManager[None]:
+    """Makes `module` give what it first computed at each further call."""
+    forward = module.forward
+    outputs: list[Any] = []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(forward(*args, **kwargs))
+        return outputs[0]
+
+    return replaced_forward(module, once)
+
+
 def stopped_at(layer: nn.Module) -> AbstractContextManager[None]:
     """Makes `layer` raise ReachedLayerError with its input."""
 

@@ -26,6 +26,19 @@ class Readout:
     target: Tensor
     option: Tensor
 
+    def split(self, most: int) -> Iterator[Readout]:
+        """Parts of at most so many positions, each with their tokens."""
+        for first in range(0, len(self.row), most):
+            some = slice(first, first + most)
+            tokens = self.position // most == first // most
+            position = self.position[tokens] - first
+            of_tokens = position, self.target[tokens], self.option[tokens]
+            yield Readout(self.row[some], self.column[some], *of_tokens)
+
+    def order(self, most: int) -> Tensor:
+        """Of each token, its place among those of `split`, end to end."""
+        return (self.position // most).argsort(stable=True).argsort()
+
 
 @dataclass(frozen=True)
 class Plan:

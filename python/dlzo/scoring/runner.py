@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dlzo.errors import UserError
+from dlzo.models import decoder_layers
 from dlzo.products import fast_products
 from dlzo.scoring.attention import attend_within
 from dlzo.scoring.forward import (
     Beside,
     ReachedLayerError,
     State,
+    computed_once,
     only_at,
     passed_by,
     replaced_forward,
@@ -27,6 +29,10 @@ from dlzo.scoring.forward import (
 from dlzo.scoring.layout import Pack
 from dlzo.scoring.norms import by_kernel
 from dlzo.scoring.plan import Readout
+
+# Of the float32 logits that exist at once; their 16-bit ones and the terms of their normaliser add
+# one and a half times as much.
+LOGIT_BYTES = 1 << 26
 
 
 class Runner:
@@ -46,6 +52,7 @@ class Runner:
         self.last_mlp: nn.Module | None = None
         self.below: dict[nn.Module, Beside | None] = {}
         self._head = model.get_output_embeddings()
+        self._body = _body(model, self._head)
 
     @property
     def head_is_linear(self) -> bool:
@@ -76,10 +83,9 @@ class Runner:
                 tokens' rows of the output embeddings are enough, if these are linear.
             hidden: what the tuned layer sees, as of `layer_input`; None where it is computed.
         """
-        vocabulary, column = readout.target.unique(return_inverse=True)
+        vocabulary = readout.target.unique()
         state_count = max(1, len(states))
         with ExitStack() as stack:
-            stack.enter_context(self._head_at(pack, readout, state_count, vocabulary, normalised))
             if self.last_mlp is not None:
                 rows, multiple = len(pack.inputs["input_ids"]), self.length_multiple
                 places = readout.row, readout.column
@@ -89,15 +95,37 @@ class Runner:
             if hidden is not None:
                 for layer, beside in self.below.items():
                     stack.enter_context(passed_by(layer, beside))
+            most = len(readout.row)
+            if self._body is not None:
+                stack.enter_context(computed_once(self._body))
+                most = self._most_positions(state_count, len(vocabulary), normalised)
+            parts = [
+                self._log_probs(pack, part, state_count, vocabulary, normalised)
+                for part in readout.split(most)
+            ]
+        return torch.cat(parts, dim=-1)[:, readout.order(most)]
+
+    def _log_probs(
+        self, pack: Pack, readout: Readout, states: int, vocabulary: Tensor, normalised: bool
+    ) -> Tensor:
+        """`log_probs` of some positions, whose logits exist at once."""
+        with self._head_at(pack, readout, states, vocabulary, normalised):
             logits = self._forward(pack).logits
-        if logits.shape[:-1] != (1, state_count * len(readout.row)):
+        if logits.shape[:-1] != (1, states * len(readout.row)):
             raise unsupported(self.model, "does not apply its output embeddings once to all tokens")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits[0].unflatten(0, (state_count, -1))
+        logits = logits[0].unflatten(0, (states, -1))
         if not normalised:
+            column = torch.searchsorted(vocabulary, readout.target)
             return logits[:, readout.position, column].cpu()
         normaliser = logits.logsumexp(-1)[:, readout.position]
         return (logits[:, readout.position, readout.target] - normaliser).cpu()
+
+    def _most_positions(self, states: int, vocabulary: int, normalised: bool) -> int:
+        """How many positions' logits exist at once."""
+        if normalised:
+            vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        return max(1, LOGIT_BYTES // (4 * states * vocabulary))
 
     def layer_input(self, pack: Pack) -> Tensor:
         """What the tuned layer sees, on the CPU: shape (rows, length, hidden size)."""
@@ -151,6 +179,16 @@ class Runner:
 def unsupported(model: PreTrainedModel, what: str) -> UserError:
     """The error for a model that cannot be scored because of what it does."""
     return UserError(f"{type(model).__name__} {what}: choose a decoder-only model")
+
+
+def _body(model: PreTrainedModel, head: nn.Module | None) -> nn.Module | None:
+    """The module that runs the decoder layers; None if it has the head too, or none is known."""
+    try:
+        layers = decoder_layers(model)
+    except UserError:
+        return None
+    body = next(module for module in model.modules() if layers in module.children())
+    return None if head in list(body.modules()) else body
 
 
 def _is_linear(head: nn.Module | None) -> TypeGuard[nn.Linear]:
