@@ -217,3 +217,20 @@ def test_special_tokens_are_no_text_of_an_answer():
     model = tiny_model()
     follow(model, [40, odd, 41, stop])
     assert generate(model, tokenizer, ["Why?"]) == [tokenizer.decode([40, 41])]
+
+
+def test_a_vocabulary_is_decoded_once_and_again_where_tokens_were_added(monkeypatch):
+    model, tokenizer, sizes = tiny_model(), byte_tokenizer(), []
+    decode = tokenizer.batch_decode
+
+    def counted(sequences, **given):
+        sizes.append(len(sequences))
+        return decode(sequences, **given)
+
+    monkeypatch.setattr(tokenizer, "batch_decode", counted)
+    for _ in range(2):
+        generate(model, tokenizer, PROMPTS, max_new_tokens=2)
+    assert sizes == [256]
+    tokenizer.add_tokens(["x\n"])
+    generate(model, tokenizer, PROMPTS, max_new_tokens=2)
+    assert sizes == [256, 257]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, takewhile
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ BATCH_TOKENS = 4096
 _ROUNDING = {8: 1e-6, 4: 1e-3, 2: 0.1}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+# By tokenizer, the number of its tokens and those with a newline: decoding all takes long.
+_newlines: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, set[int]]] = WeakKeyDictionary()
 
 
 def generate(
@@ -130,8 +134,12 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 def _newline_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """All tokens with a newline in them; most vocabularies have some with other characters too."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    return {token for token, text in enumerate(texts) if "\n" in text}
+    length, found = _newlines.get(tokenizer, (0, set()))
+    if length != len(tokenizer):  # tokens have been added
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        found = {token for token, text in enumerate(texts) if "\n" in text}
+        _newlines[tokenizer] = len(tokenizer), found
+    return found
 
 
 @contextmanager
