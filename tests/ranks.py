@@ -86,9 +86,9 @@ class WatchedCache(PrefixCache):
         self.kept, self.asked, self.used = set(), set(), set()
         WatchedCache.last = self
 
-    def put(self, tokens, hidden, neighbours):
-        self.kept.add(tokens)
-        super().put(tokens, hidden, neighbours)
+    def put(self, places, hidden, neighbours):
+        self.kept |= places.keys()
+        super().put(places, hidden, neighbours)
 
     def __contains__(self, tokens):
         self.asked.add(tokens)

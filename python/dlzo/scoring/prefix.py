@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ class PrefixCache:
         self.folder = None if folder is None else Path(folder)
         self.used_bytes = 0
         self._fingerprint = ""
-        self._kept: dict[Tokens, Tensor] = {}
+        self._kept: dict[Tokens, tuple[Tensor, Tensor]] = {}
         self._files: dict[Tokens, Path] = {}
         if self.folder is not None:
             try:
@@ -70,32 +70,37 @@ class PrefixCache:
         """Whether so many bytes more would be kept."""
         return self.folder is not None or self.used_bytes + nbytes <= self.memory_bytes
 
-    def put(self, tokens: Tokens, hidden: Tensor, neighbours: str) -> None:
-        """Keeps the hidden states of a sequence, shape (tokens, hidden size), where there is room.
+    def put(self, places: Mapping[Tokens, Tensor], hidden: Tensor, neighbours: str) -> None:
+        """Keeps the hidden states of sequences, shared ones once in memory, where there is room.
 
         Args:
-            tokens: the sequence.
-            hidden: its hidden states.
-            neighbours: what names the other sequences of its forward, on which their bits depend.
+            places: the sequences, and which hidden states are those of their tokens: int64.
+            hidden: shape (tokens of all, hidden size).
+            neighbours: what names the other sequences of their forward, on which bits depend.
 
         Raises:
             UserError: the folder cannot be written.
         """
         if self.used_bytes + hidden.nbytes <= self.memory_bytes:
-            self._kept[tokens] = hidden
+            self._kept |= {tokens: (hidden, place) for tokens, place in places.items()}
             self.used_bytes += hidden.nbytes
         elif self.folder is not None:
-            self._files[tokens] = self._path(tokens, neighbours)
-            self._write(self._files[tokens], hidden)
+            for tokens, place in places.items():
+                self._files[tokens] = self._path(tokens, neighbours)
+                self._write(self._files[tokens], hidden[place])
 
     def get(self, tokens: Tokens) -> Tensor | None:
-        """The hidden states of a sequence; None if they are not in the cache.
+        """The hidden states of a sequence, shape (tokens, hidden size); None if they are not there.
 
         Raises:
             UserError: its file is damaged.
         """
-        path = self._files.get(tokens)
-        return self._kept.get(tokens) if path is None else self._read(path)
+        if (path := self._files.get(tokens)) is not None:
+            return self._read(path)
+        if tokens not in self._kept:
+            return None
+        hidden, place = self._kept[tokens]
+        return hidden[place]
 
     def _path(self, tokens: Tokens, neighbours: str) -> Path:
         assert self.folder is not None

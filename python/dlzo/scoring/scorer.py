@@ -194,15 +194,19 @@ class Scorer:
                 names = repr((pack.inputs["input_ids"].tolist(), list(pack.places)))
                 neighbours = hashlib.sha256(names.encode()).hexdigest()
                 missing = [tokens for tokens in pack.places if not cache.find(tokens, neighbours)]
-                values = sum(map(len, missing)) * self._hidden_size
-                if not cache.has_room(values * self.model.dtype.itemsize):
-                    break
                 if not missing:
                     continue
-                hidden = self.runner.layer_input(pack)
-                for tokens in missing:
-                    row, columns = pack.places[tokens]
-                    cache.put(tokens, hidden[row, columns], neighbours)
+                length = pack.inputs["input_ids"].shape[1]
+                found = (pack.places[tokens] for tokens in missing)
+                each = torch.cat([row * length + columns for row, columns in found])
+                # What texts share is kept once.
+                distinct, each = each.unique(return_inverse=True)
+                nbytes = len(distinct) * self._hidden_size * self.model.dtype.itemsize
+                if not cache.has_room(nbytes):
+                    break
+                hidden = self.runner.layer_input(pack).flatten(0, 1)[distinct]
+                places = each.split([*map(len, missing)])
+                cache.put(dict(zip(missing, places, strict=True)), hidden, neighbours)
 
     def _loss_sums(self, scores: Tensor, plan: Plan) -> tuple[list[float], int]:
         gold = gold_of(plan.batch)
