@@ -399,6 +399,14 @@ def test_an_epoch_visits_each_example_at_most_once_in_its_own_order():
     assert batch_indices(4, 1, 50, 16) != batch_indices(3, 1, 50, 16)
 
 
+def test_an_epoch_is_drawn_once(monkeypatch):
+    sorts, argsort = [], np.argsort
+    monkeypatch.setattr(np, "argsort", lambda *a, **kw: sorts.append(0) or argsort(*a, **kw))
+    for step in range(1, 10):
+        batch_indices(11, step, size=50, batch_size=16)
+    assert len(sorts) == 3
+
+
 def test_step_seeds_are_distinct_and_positive_int64():
     seeds = {step_seed(seed, step) for seed in range(10) for step in range(1, 200)}
     assert len(seeds) == 10 * 199
