@@ -14,6 +14,7 @@ from random import Random
 from dlzo.adapter import read_config
 from dlzo.config import parse_config
 from dlzo.errors import UserError
+from dlzo.header import differences
 from dlzo.journal import Reader
 from dlzo.run import read_settings
 
@@ -22,6 +23,7 @@ CORPUS = Path(__file__).with_name("corpus")
 
 def read_journal(path: Path) -> str | None:
     reader = Reader(path)
+    differences(reader.header, vars(Reader(CORPUS / "whole" / "journal.zo").header))
     deque(reader, maxlen=0)
     return reader.damage
 

@@ -223,6 +223,17 @@ def test_any_journal_comes_back_and_its_compact_form_moves_the_same(tmp_path, dr
                 assert repr(brief.losses) == repr((float(np.float32(whole.loss)),))
 
 
+def test_journals_of_other_parameters_are_compared(run, journal, tmp_path):
+    first = HEADER.parameters[0]
+    more = (first, first._replace(name="w"))
+    both = write(tmp_path / "both.zo", header=replace(HEADER, parameters=more))
+    code, text, _ = run("journal", "diff", journal, both)
+    assert code == 1 and f"only {both} tunes 'w'" in text
+    turned = write(tmp_path / "turned.zo", header=replace(HEADER, parameters=more[::-1]))
+    code, text, _ = run("journal", "diff", both, turned)
+    assert code == 1 and "its parameters differ: they have another order" in text
+
+
 def test_sizes(tmp_path):
     steps = [Step(n, step_seed(7, n), 3e-4, (0.1,), (0.7, 0.6), True) for n in range(1, 20_001)]
     path, small = write(tmp_path / "journal.zo", steps), tmp_path / "small.zo"

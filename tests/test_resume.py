@@ -215,6 +215,17 @@ def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
     assert (out / "journal.zo").read_bytes() == journal
 
 
+def test_a_run_goes_on_with_its_settings_of_the_model(data, tmp_path):
+    out, other = stopped_run(data, tmp_path / "out"), tiny()
+    other.config.rms_norm_eps = 0.5
+    with pytest.raises(UserError, match="changed after loading, or transformers is of another"):
+        resume(other, TOKENIZER, out)
+    model = tiny()
+    model.save_pretrained(tmp_path / "model")
+    assert model.config.architectures != tiny().config.architectures
+    assert resume(model, TOKENIZER, out)["final"]["step"] == SHORT.steps
+
+
 def test_a_journal_of_an_earlier_release_says_nothing_of_other_weights(data, tmp_path):
     out = stopped_run(data, tmp_path / "out")
     path = out / "journal.zo"

@@ -73,7 +73,7 @@ def verify_command(journal: Journal) -> None:
 def diff_command(journal: Journal, other: Journal) -> None:
     """Say where two journals part; exit code 1 if they do."""
     a, b = Reader(journal), Reader(other)
-    found = differences(a.header, vars(b.header))
+    found = differences(a.header, vars(b.header), other=str(other))
     if found:
         say(f"{journal}: {found}")
     parting = next((pair for pair in zip_longest(a, b) if repr(pair[0]) != repr(pair[1])), None)

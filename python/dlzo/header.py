@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,7 +23,10 @@ from dlzo.target import Target, weights_fingerprint
 from dlzo.tasks import Task
 from dlzo_kernels import NOISE_VERSION, __version__
 
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype")
+_log = logging.getLogger("dlzo")
+
+# `save_pretrained` sets the architectures of a model that was made by its configuration.
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "architectures")
 # Of a header's settings, what an adapter says too.
 _TOLD = ("task", "method", "eps", "batch_size", "model_fingerprint")
 
@@ -82,6 +86,8 @@ def check_same_run(reader: Reader, header: Header, task: Task) -> None:
 def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
     """What a journal tunes of a model; one of another model is refused, by what differs.
 
+    Another configuration is warned of: it moves no weight.
+
     Raises:
         UserError: it does not fit `model` as it is now.
     """
@@ -100,23 +106,37 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
             f"{header.base_model!r}"
         ) from error
     with target.undone_by_error():
-        # Neither the name of the model nor the release of dlzo moves a bit.
-        unbound = ("base_model", "library_version")
-        found = {name: v for name, v in base_fields(target).items() if name not in unbound}
-        if differing := differences(header, found):
+        # Neither the name of the model, nor its configuration, nor the release of dlzo moves a bit.
+        unbound = ("base_model", "config_fingerprint", "library_version")
+        found = base_fields(target)
+        bound = {name: value for name, value in found.items() if name not in unbound}
+        if differing := differences(header, bound):
             raise UserError(
                 f"journal {str(reader.path)!r} does not fit the model: {differing}; "
                 f"load its base model, {header.base_model!r}, untuned and in {header.dtype}"
             )
+        config = {"config_fingerprint": found["config_fingerprint"]}
+        if differing := differences(header, config):
+            _log.warning(
+                "journal %r is of a model of other settings: %s; the weights are those of the run",
+                str(reader.path),
+                differing,
+            )
     return target
 
 
-def differences(header: Header, expected: Mapping[str, Any]) -> str:
-    """The fields and settings of a header that are not as expected, in words; empty if all are."""
+def differences(header: Header, expected: Mapping[str, Any], other: str = "the model") -> str:
+    """The fields and settings of a header that are not as expected, in words; empty if all are.
+
+    Args:
+        header: of a journal.
+        expected: fields of a header.
+        other: what they are of.
+    """
     found = _with_settings({name: getattr(header, name) for name in expected})
     expected = _with_settings(expected)
     return ", ".join(
-        _difference(name, found.get(name), value)
+        _difference(name, found.get(name), value, other)
         for name in dict.fromkeys((*expected, *found))
         if found.get(name) != (value := expected.get(name))
     )
@@ -139,13 +159,18 @@ def _settings(config: TrainConfig, task: Task) -> dict[str, Any]:
     return settings | {"task": task.name, "loss": task.loss, "metric": task.metric}
 
 
-def _difference(name: str, found: Any, expected: Any) -> str:
+def _difference(name: str, found: Any, expected: Any, other: str) -> str:
     if name == "parameters":
-        first = min(set(found) ^ set(expected))
-        only = "it" if first in found else "the model"
+        odd = set(found) ^ set(expected)
+        if not odd:
+            return "its parameters differ: they have another order, or some are repeated"
+        first = min(odd)
+        only = "it" if first in found else other
         return f"its parameters differ: only {only} tunes {first.name!r} of {first[1:]}"
-    remark = " (a setting was changed after loading?)" if name == "config_fingerprint" else ""
-    return f"its {name.replace('_', ' ')} is {_short(found)}, not {_short(expected)}{remark}"
+    says = f"its {name.replace('_', ' ')} is {_short(found)}, not {_short(expected)}"
+    if name == "config_fingerprint":
+        says += " (a setting was changed after loading, or transformers is of another release?)"
+    return says
 
 
 def _with_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
