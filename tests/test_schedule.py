@@ -99,6 +99,14 @@ def test_losses_without_a_spread_leave_lr_and_weights(data, tmp_path, monkeypatc
     assert same(state(model), before)
 
 
+def test_a_rate_that_the_spread_makes_infinite_moves_nothing(data, tmp_path):
+    model = tiny_model()
+    before = state(model)
+    config = replace(SHORT, lr_per_spread=True, lr=1e308)
+    assert train(model, TOKENIZER, config, data, tmp_path / "out")["skipped"] == config.steps
+    assert same(state(model), before)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -413,6 +413,15 @@ def test_step_seeds_are_distinct_and_positive_int64():
     assert all(0 <= seed < 1 << 63 for seed in seeds) and max(seeds) > 1 << 60
 
 
+def test_a_run_of_more_tensors_than_a_journal_names_is_refused_before_there_is_one(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dlzo.journal.MAX_HEADER", 1000)
+    with pytest.raises(UserError, match=r"the run tunes 9 tensors.*tune fewer layers"):
+        train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_history_is_drawn(data, tmp_path):
     metrics = train(tiny_model(), TOKENIZER, SHORT, data, tmp_path / "out")
     plot_history(metrics, tmp_path / "history.png")

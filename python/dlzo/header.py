@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dlzo.channels import chosen_channels
 from dlzo.config import TrainConfig
 from dlzo.errors import UserError
-from dlzo.journal import Reader
+from dlzo.journal import Reader, header_text
 from dlzo.lora import Lora
 from dlzo.models import dtype_name
 from dlzo.records import Header, Parameter
@@ -51,9 +51,13 @@ def base_fields(target: Target) -> dict[str, Any]:
 
 
 def header_of(target: Target, config: TrainConfig, task: Task, data_fingerprint: str) -> Header:
-    """The header of a run's journal; the target is untuned."""
+    """The header of a run's journal; the target is untuned.
+
+    Raises:
+        UserError: it is larger than a reader takes.
+    """
     fingerprint = weights_fingerprint([target.model])
-    return Header(
+    header = Header(
         **base_fields(target),
         data_fingerprint=data_fingerprint,
         directions=config.directions,
@@ -61,6 +65,8 @@ def header_of(target: Target, config: TrainConfig, task: Task, data_fingerprint:
         seed=config.seed,
         settings=_settings(config, task) | {"model_fingerprint": fingerprint},
     )
+    header_text(header)  # before there is a folder of the run
+    return header
 
 
 def check_same_run(reader: Reader, header: Header, task: Task) -> None:

@@ -168,6 +168,21 @@ def create(path: Path, header: Header) -> None:
     replace_file(path, lambda partial: partial.write_bytes(_start(header)[0]))
 
 
+def header_text(header: Header) -> bytes:
+    """The JSON of a header.
+
+    Raises:
+        UserError: it is larger than a reader takes.
+    """
+    text = encode_header(header)
+    if len(text) > MAX_HEADER:
+        raise UserError(
+            f"the run tunes {len(header.parameters):,} tensors, more than a journal's header has "
+            "room for: tune fewer layers"
+        )
+    return text
+
+
 def compact(source: Path, target: Path) -> None:
     """Writes a whole journal again, 13 bytes a step of one direction; its replay has the same bits.
 
@@ -227,12 +242,7 @@ def _check_derivable(step: Step, reader: Reader) -> None:
 
 def _start(header: Header) -> tuple[bytes, int]:
     """The bytes before the first record, and the checksum after them."""
-    text = encode_header(header)
-    if len(text) > MAX_HEADER:
-        raise UserError(
-            f"the run tunes {len(header.parameters):,} tensors, more than a journal's header has "
-            "room for: tune fewer layers"
-        )
+    text = header_text(header)
     return _seal(_START.pack(_MAGIC, VERSION, len(text)) + text, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from statistics import stdev
@@ -55,12 +56,13 @@ def with_lr(step: Step, lr: float, config: TrainConfig) -> Step:
 def _lr_of(losses: Sequence[float], lr: float, config: TrainConfig) -> float:
     """lr, or lr / std(losses) if so configured.
 
-    Where the losses are equal or not finite it is lr, for then nothing moves.
+    Where the losses are equal or not finite it is lr, for then nothing moves; nor does it by the
+    largest number, in the place of a quotient that is infinite.
     """
     if not config.lr_per_spread or not all(map(math.isfinite, losses)):
         return lr
     spread = stdev(losses)
-    return lr / spread if spread > 0 else lr
+    return min(lr / spread, sys.float_info.max) if spread > 0 else lr
 
 
 def shares_examples(directions: int) -> bool:
