@@ -20,12 +20,15 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 
-from dlzo import trainer
+from dlzo import learning_rate, trainer
 from dlzo.distributed import joined, rank, size
 from dlzo.errors import UserError
+from dlzo.learning_rate import find_lr
 from dlzo.metrics import HistoryEntry
 from dlzo.models import decoder_layers
 from dlzo.scoring import PrefixCache
+from dlzo.target import Target
+from dlzo.tasks import get_task, load_split
 from dlzo.trainer import resume, train
 from dlzo_kernels import LowRankStep, zo_replay, zo_step
 from runs import CONFIG, TOKENIZER, stopping_at
@@ -101,7 +104,7 @@ class WatchedCache(PrefixCache):
 
 def caching(folder: Path) -> None:
     """All that a rank scores comes from its cache; in one epoch, nothing was cached in vain."""
-    trainer.PrefixCache = WatchedCache
+    trainer.PrefixCache = learning_rate.PrefixCache = WatchedCache
     for name, changes in (
         ("one epoch", {"steps": 5}),
         ("two epochs", {"steps": 10}),
@@ -112,6 +115,14 @@ def caching(folder: Path) -> None:
         cache = WatchedCache.last
         assert cache.asked == cache.kept >= cache.used, name
         assert (cache.kept == cache.used) == (name == "one epoch"), name
+    for directions in (1, size()):
+        config, task = replace(SHORT, steps=2, directions=directions), get_task("sst2")
+        target = Target(tiny_model(), (1,))
+        with suppress(UserError):  # so few steps need not help
+            find_lr(target, TOKENIZER, config, task, load_split(task, folder / "data", "train"))
+        cache = WatchedCache.last
+        assert cache.kept >= cache.used, directions
+        assert (cache.kept == cache.used) == (directions == 1), directions
 
 
 def differing(folder: Path) -> None:

@@ -85,6 +85,19 @@ def test_a_trial_is_the_beginning_of_the_run(data, tmp_path):
     assert losses[rate] == pytest.approx(final[0], rel=1e-5)
 
 
+def test_only_what_is_drawn_is_encoded(data, monkeypatch):
+    encoded, encode = [], Scorer.encode
+
+    def watched(scorer, examples):
+        encoded.append(len(examples))
+        return encode(scorer, examples)
+
+    monkeypatch.setattr(Scorer, "encode", watched)
+    monkeypatch.setattr(learning_rate, "EXAMPLES", 8)
+    search(tiny_model(), data, replace(CONFIG, steps=2))
+    assert encoded == [8 + 2 * 8]
+
+
 def test_more_steps_bear_a_smaller_rate(data):
     rates = [search(tiny_model(), data, replace(CONFIG, steps=n))[0] for n in (16, 64, 1600)]
     assert rates[0] / rates[1] == pytest.approx(2, rel=0.06)
@@ -106,7 +119,7 @@ def test_more_steps_bear_a_smaller_rate(data):
     ],
 )
 def test_climbs_to_the_lowest_loss(losses, expected, tried):
-    found = learning_rate._climb(losses.__getitem__, untuned=5)
+    found = learning_rate._climb(losses.__getitem__, bar=5)
     assert sorted(found) == tried
     assert learning_rate._lowest(found, untuned=5) == pytest.approx(expected)
 
@@ -127,15 +140,23 @@ def test_where_no_rate_helps_it_says_so_and_leaves_the_weights(data, monkeypatch
     model = tiny_model()
     before, losses = state(model), iter(range(1, 99))
     monkeypatch.setattr(learning_rate, "score", lambda *_: Evaluation(loss=float(next(losses))))
-    with pytest.raises(UserError, match=r"none tried the loss falls below 1\.0000 and rises on"):
+    with pytest.raises(UserError, match=r"the loss falls 0\.1% below 1\.0000 and rises on"):
         search(model, data, CONFIG)
     assert same(state(model), before)
 
 
-def test_a_last_rate_that_helps_by_rounding_is_not_taken(data, monkeypatch):
-    losses = iter([1.0, *[2.0] * 11, 1 - 1e-7])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1.0, *[2.0] * 11, 0.5],  # the last one, with none below it
+        [1.0, 2.0, 1 - 4e-8, *[2.0] * 10],
+        [1.0, 1 - 4e-8, *[2.0] * 11],
+    ],
+)
+def test_a_rate_that_helps_at_one_end_or_by_rounding_is_not_taken(data, monkeypatch, losses):
+    losses = iter(losses)
     monkeypatch.setattr(learning_rate, "score", lambda *_: Evaluation(loss=next(losses)))
-    with pytest.raises(UserError, match=r"none tried the loss falls below 1\.0000 and rises on"):
+    with pytest.raises(UserError, match=r"the loss falls 0\.1% below 1\.0000 and rises on"):
         search(tiny_model(), data, CONFIG)
 
 

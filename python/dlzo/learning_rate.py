@@ -23,15 +23,16 @@ from dlzo.evaluation import score
 from dlzo.metrics import loss_of
 from dlzo.records import Step
 from dlzo.rule import rule_of
-from dlzo.sampler import batch_of
+from dlzo.sampler import batch_indices
 from dlzo.scoring import PrefixCache, Scorer
-from dlzo.step import take_step, with_lr
+from dlzo.step import scored_here, take_step, with_lr
 from dlzo.target import Target
 from dlzo.tasks import Example, Task
 from dlzo_kernels import update_scales
 
 STEPS = 32  # of a trial, at most
 EXAMPLES = 128  # on which the losses are compared
+_LEAST_GAIN = 1e-3  # of the untuned loss; less may be rounding
 _BORNE = 2  # times as many steps bear the rate of a trial
 _FACTOR = 4.0
 _MOST_TRIALS = 12
@@ -59,20 +60,20 @@ def find_lr(
         The rate, and the loss by rate of the trials, with that of the untuned weights at 0.
 
     Raises:
-        UserError: no loss is below that of the untuned weights, or only that of the last rate tried
-            at one end, by rounding perhaps; or the untuned one is not finite.
+        UserError: no loss is a thousandth below that of the untuned weights, or only that of the
+            last rate tried at one end; or the untuned one is not finite.
     """
     trials = _Trials(target, tokenizer, config, task, examples)
     untuned, move = trials.loss(), trials.first_move()
     if not (math.isfinite(untuned + move) and move > 0):
         raise UserError("lr is 'auto' and losses are equal or not finite: give a number as --lr")
-    start = _FIRST_MOVE / move
-    losses = _climb(lambda power: trials.loss_after(start * _FACTOR**power), untuned)
+    start, bar = _FIRST_MOVE / move, untuned * (1 - _LEAST_GAIN)
+    losses = _climb(lambda power: trials.loss_after(start * _FACTOR**power), bar)
     best = min(losses, key=losses.__getitem__)
-    if losses[best] >= untuned or not {best - 1, best + 1} <= losses.keys():
+    if losses[best] >= bar or not {best - 1, best + 1} <= losses.keys():
         raise UserError(
-            f"lr is 'auto' and with none tried the loss falls below {untuned:.4f} and rises on "
-            "either side: give a number as --lr, or tune another layer"
+            f"lr is 'auto' and with none tried the loss falls {_LEAST_GAIN:.1%} below "
+            f"{untuned:.4f} and rises on either side: give a number as --lr, or tune another layer"
         )
     lr = start * _FACTOR ** _lowest(losses, untuned)
     if config.steps > _BORNE * trials.steps:
@@ -97,17 +98,20 @@ class _Trials:
         cache, layers = PrefixCache(config.prefix_cache_mb * 10**6), target.decoder_layers
         model = target.model
         self.scorer = Scorer(model, tokenizer, layers, loss=task.loss, cache=cache)
-        train_set = self.scorer.encode(task.drawn(examples))
         count = config.batch_size
-        self.steps, epoch = min(STEPS, config.steps), len(train_set) // count
+        self.steps, epoch = min(STEPS, config.steps), len(examples) // count
         last = range(max(1, epoch + 1 - math.ceil(EXAMPLES / count)), epoch + 1)
-        self.batches, judged = (
-            [batch_of(train_set, config.seed, number, count) for number in numbers]
+        batches, judged = (
+            [batch_indices(config.seed, number, len(examples), count) for number in numbers]
             for numbers in (range(1, self.steps + 1), last)
         )
-        self.judged = [example for batch in judged for example in batch]
-        drawn = [example for batch in self.batches for example in batch]
-        self.scorer.cache_prefixes([*self.judged, *drawn])
+        drawn = sorted({i for batch in (*batches, *judged) for i in batch})
+        encoded = self.scorer.encode(task.drawn([examples[i] for i in drawn]))
+        by_index = dict(zip(drawn, encoded, strict=True))
+        self.batches = [[by_index[i] for i in batch] for batch in batches]
+        self.judged = [by_index[i] for batch in judged for i in batch]
+        shares = (scored_here(batch, config.directions) for batch in (self.judged, *self.batches))
+        self.scorer.cache_prefixes([example for share in shares for example in share])
 
     def loss(self) -> float:
         """Of the weights as they are."""
@@ -141,13 +145,16 @@ class _Trials:
             )
 
 
-def _climb(trial: Callable[[int], float], untuned: float) -> dict[int, float]:
-    """Losses by powers of the factor, such that the best power has a worse one on either side."""
+def _climb(trial: Callable[[int], float], bar: float) -> dict[int, float]:
+    """Losses by powers of the factor, such that the best power has a worse one on either side.
+
+    Only a loss below the bar helps.
+    """
     losses = {0: trial(0)}
     while len(losses) < _MOST_TRIALS:
         best = min(losses, key=losses.__getitem__)
         # Where nothing helps, the rates are too large.
-        wanted = (best + 1, best - 1) if losses[best] < untuned else (min(losses) - 1,)
+        wanted = (best + 1, best - 1) if losses[best] < bar else (min(losses) - 1,)
         power = next((power for power in wanted if power not in losses), None)
         if power is None:
             break

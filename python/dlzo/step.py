@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from statistics import stdev
+from typing import TypeVar
 
 from dlzo import distributed
 from dlzo.config import TrainConfig
@@ -15,6 +16,8 @@ from dlzo.rule import Rule
 from dlzo.scoring import EncodedExample, Scorer
 from dlzo.target import Target
 from dlzo_kernels import ZOStep
+
+T = TypeVar("T")
 
 
 def take_step(
@@ -65,8 +68,12 @@ def _lr_of(losses: Sequence[float], lr: float, config: TrainConfig) -> float:
     return min(lr / spread, sys.float_info.max) if spread > 0 else lr
 
 
-def shares_examples(directions: int) -> bool:
-    """Whether each rank scores examples of a batch of its own, and not directions of a step."""
+def scored_here(batch: Sequence[T], directions: int) -> Sequence[T]:
+    """What of a batch this rank scores: its share, or all of it where ranks take directions."""
+    return distributed.share_of(batch) if _shares_examples(directions) else batch
+
+
+def _shares_examples(directions: int) -> bool:
     return directions % distributed.size() != 0
 
 
@@ -78,13 +85,10 @@ def _losses(
     The ranks take directions where these can be shared out evenly, and else examples.
     """
     mine: Sequence[int] = range(directions)
-    share = batch
-    if shares_examples(directions):
-        share = distributed.share_of(batch)
-    else:
+    if not _shares_examples(directions):
         mine = distributed.share_of(mine)
     sums, weights = [0.0] * (2 * directions), [0.0] * (2 * directions)
-    if share:
+    if share := scored_here(batch, directions):
         plan = scorer.plan(share)
         # One direction at a time, so that its bits do not depend on who else is scored.
         for k in mine:

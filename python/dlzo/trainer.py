@@ -54,7 +54,7 @@ from dlzo.run import (
 from dlzo.sampler import batch_indices, batch_of
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.sites import forward
-from dlzo.step import shares_examples, take_step
+from dlzo.step import scored_here, take_step
 from dlzo.target import Target
 from dlzo.tasks import (
     Example,
@@ -320,17 +320,14 @@ class _Run:
         What is computed together decides how it is rounded. So ranks that take directions each
         compute all that one process would, and have its bits.
         """
-        config, train_set, validation_set = self.config, self.train_set, self.validation_set
-        shares = shares_examples(config.directions)
-        if shares:
-            validation_set = [*distributed.share_of(validation_set)]
+        config, train_set = self.config, self.train_set
+        validation_set = scored_here(self.validation_set, config.directions)
         # Each epoch leaves out another remainder, and gives ranks others of its batches.
         if config.steps <= (size := len(train_set)) // config.batch_size:
             steps = range(1, config.steps + 1)
             batches = [batch_indices(config.seed, n, size, config.batch_size) for n in steps]
-            if shares:
-                batches = [distributed.share_of(batch) for batch in batches]
-            train_set = [train_set[i] for i in sorted({i for batch in batches for i in batch})]
+            shares = [scored_here(batch, config.directions) for batch in batches]
+            train_set = [train_set[i] for i in sorted({i for share in shares for i in share})]
         self.scorer.cache_prefixes([*train_set, *validation_set])
 
     def _validation_is_due(self) -> bool:
