@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.distributed_c10d import Backend
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -21,7 +22,7 @@ from torch.distributed.tensor import (
 )
 
 from dlzo import learning_rate, trainer
-from dlzo.distributed import joined, rank, size
+from dlzo.distributed import check_equal, from_first_rank, joined, quotients, rank, size
 from dlzo.errors import UserError
 from dlzo.learning_rate import find_lr
 from dlzo.metrics import HistoryEntry
@@ -199,6 +200,20 @@ def sharded(folder: Path) -> None:
             zo_step(DTensor.from_local(torch.ones(2, 3, 4), mesh, [placement]), 0, 1e-2, 1e-2)
 
 
+def beside_a_gpu(folder: Path) -> None:
+    """What is on the CPU is sent and summed."""
+    assert size() == 2
+    assert quotients([1.0 + rank()], [2.0]) == [0.75]
+    assert from_first_rank(lambda: "said") == "said"
+    check_equal(lambda: "ab" * 32, "nothing")
+
+
+def see_a_gpu() -> None:
+    """Shows torch a GPU; gloo stands in for nccl, for what lies on the GPU alone."""
+    torch._C._get_accelerator = lambda *_: torch.device("cuda")
+    Backend.default_device_backend_map["cuda"] = "gloo"
+
+
 def assert_equal(whole: torch.nn.Module, shards: torch.nn.Module) -> None:
     for a, b in zip(whole.parameters(), shards.parameters(), strict=True):
         assert b.full_tensor().dtype is a.dtype and torch.equal(a, b.full_tensor())
@@ -209,6 +224,8 @@ def run_rank(scenario: str, folder: Path, shared: dict[str, str], rank: int) -> 
     os.environ.update(shared, RANK=str(rank))
     sys.stderr = stderr_of(folder, rank).open("w")
     torch.set_num_threads(1)
+    if scenario == "beside_a_gpu":
+        see_a_gpu()
     with joined():
         globals()[scenario](folder)
 

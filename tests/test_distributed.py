@@ -175,6 +175,11 @@ def test_a_sharded_layer_moves_by_the_bits_of_the_whole_one(tmp_path, size):
         assert code == 0, error
 
 
+def test_what_lies_on_the_cpu_is_sent_beside_a_gpu_too(tmp_path):
+    for code, error in start("beside_a_gpu", tmp_path, 2):
+        assert code == 0, error
+
+
 @pytest.mark.parametrize("size", ["4", ""])
 def test_a_number_of_ranks_without_a_rank_starts_none(monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)

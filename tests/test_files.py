@@ -39,7 +39,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     with new_folder(tmp_path / "y") as partial:
         (partial / "a").touch()
         (partial / "b").touch()
-    assert calls == ["sync file", "sync file", "rename", "sync folder"]
+    assert calls == ["sync file", "sync file", "sync folder", "rename", "sync folder"]
 
 
 def test_without_a_home_folder_the_cache_is_asked_for(tmp_path, monkeypatch):

@@ -127,6 +127,21 @@ def test_a_fault_at_any_write_loses_nothing(data, tmp_path, monkeypatch, kind):
     assert number > 20
 
 
+def test_the_name_of_a_runs_folder_is_on_the_disk_before_its_settings(data, tmp_path, monkeypatch):
+    seen, sync = [], files.sync
+
+    def watched(path):
+        seen.append((path, (tmp_path / "out").is_dir(), (tmp_path / "out" / "run.json").exists()))
+        sync(path)
+
+    for module in (files, run):
+        monkeypatch.setattr(module, "sync", watched)
+    for overwrite in (False, True):
+        seen.clear()
+        train(tiny(), TOKENIZER, SHORT, data, tmp_path / "out", overwrite=overwrite)
+        assert seen[0] == (tmp_path, True, False)
+
+
 def stopped_run(data, out, step=3, config=SHORT):
     with pytest.raises(KeyboardInterrupt):
         train(tiny(), TOKENIZER, config, data, out, on_progress=stopping_at(step))

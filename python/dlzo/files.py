@@ -30,9 +30,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         mode = _mode_of_new(partial)
         write(partial)
         _give(partial, mode)
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -64,11 +64,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         for made in partial.rglob("*"):
             if made.is_file():
                 _give(made, mode)
-            _sync(made)
+            sync(made)
+        sync(partial)
         os.rename(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -224,12 +234,3 @@ def _mode_of_new(path: Path) -> int:
 def _give(path: Path, mode: int) -> None:
     if path.stat().st_mode != mode:  # some file systems have one mode for all
         path.chmod(mode)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ from dlzo.files import (
     parse_versioned,
     remove_partial_files,
     replace_text,
+    sync,
 )
 
 SETTINGS_FILE = "run.json"
@@ -51,6 +52,7 @@ def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Itera
             with _locked(out):
                 replaces = _move_aside(out)
         out.mkdir(parents=True, exist_ok=True)
+        sync(out.parent)  # a power cut would take the folder's name, and all in it
     except OSError as error:
         raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
     with _locked(out):
