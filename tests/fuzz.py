@@ -16,7 +16,7 @@ from dlzo.config import parse_config
 from dlzo.errors import UserError
 from dlzo.header import differences
 from dlzo.journal import Reader
-from dlzo.run import read_settings
+from dlzo.run import read_metrics, read_settings
 
 CORPUS = Path(__file__).with_name("corpus")
 
@@ -32,6 +32,10 @@ def read_run(path: Path) -> None:
     parse_config(read_settings(path.parent)["config"], path.parent)
 
 
+def read_result(path: Path) -> None:
+    read_metrics(path.parent)
+
+
 def read_adapter(path: Path) -> None:
     read_config(path.parent)
 
@@ -40,6 +44,7 @@ def read_adapter(path: Path) -> None:
 READERS: dict[str, Callable[[Path], str | None]] = {
     "journal.zo": read_journal,
     "run.json": read_run,
+    "metrics.json": read_result,
     "adapter_model.safetensors": read_adapter,
 }
 

@@ -180,6 +180,34 @@ def test_a_finished_run_is_left_as_it_is(data, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("history", 5), ("zero_shot", None), ("best", []), ("final", ...), ("layers", 1), ("lr", ...)],
+)
+def test_metrics_that_are_none_are_refused(data, tmp_path, name, value):
+    out = tmp_path / "out"
+    metrics = train(tiny(), TOKENIZER, replace(SHORT, steps=1), data, out)
+    broken = {key: found for key, found in metrics.items() if key != name}
+    if value is not ...:
+        broken[name] = value
+    (out / "metrics.json").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match=f"has no valid '{name}'.: delete it, and resume"):
+        resume(tiny(), TOKENIZER, out)
+    (out / "metrics.json").unlink()
+    assert resume(tiny(), TOKENIZER, out)["test"] == metrics["test"]
+
+
+def test_the_command_that_goes_on_can_be_pasted(data, tmp_path, monkeypatch):
+    out = tmp_path / "my runs"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer.Writer, "append", full)
+    with pytest.raises(UserError, match=f"`dlzo train --resume '{out}'`"):
+        train(tiny(), TOKENIZER, SHORT, data, out)
+
+
 def test_only_what_is_left_to_score_is_cached(data, tmp_path, monkeypatch):
     caches = []
 

@@ -18,7 +18,7 @@ from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
 from dlzo.plots import plot_history
 from dlzo.sampler import batch_indices, step_seed
-from dlzo.trainer import train
+from dlzo.trainer import resume, train
 from runs import CONFIG, TOKENIZER, same, state, write_data
 from tiny import VOCABULARY, random_model, tiny_model
 
@@ -258,6 +258,21 @@ def test_each_method_has_a_rate_of_its_own(method, lr):
     assert TrainConfig("sst2", method=method, lr=1).lr == 1.0
 
 
+def test_another_method_has_its_rate_when_asked():
+    config = TrainConfig("sst2")
+    assert replace(config, method="lora").lr == config.lr
+    lora = replace(config, method="lora", lr=None, rank=None)
+    assert (lora.lr, lora.rank) == (3e-3, 8)
+
+
+def test_a_home_folder_may_be_left_out(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    metrics = train(tiny_model(), TOKENIZER, replace(SHORT, steps=1), "~/data", "~/out")
+    assert resume(tiny_model(), TOKENIZER, "~/out") == metrics
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert settings["data"] == str(data)
+
+
 def test_paths_are_texts(tmp_path):
     config = replace(SHORT, prefix_cache_dir=tmp_path / "prefixes", task=Path("mine.yaml"))
     assert config.prefix_cache_dir == str(tmp_path / "prefixes")
@@ -331,6 +346,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(data, tmp_p
         ({"interval": 0}, "interval is 0"),
         ({"part": "head"}, "'head'.*attention"),
         ({"layer": [1, "2"]}, "give one number, or a few"),
+        ({"layer": "11"}, "layer is '11': give one number, or a few"),
+        ({"steps": 1 << 32}, "steps is 4294967296: give at most 4294967295"),
         ({"lr_decay": "exponential"}, "lr_decay 'exponential'.*cosine"),
         ({"weight_decay": -0.1}, r"weight_decay is -0\.1"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),

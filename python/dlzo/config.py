@@ -17,7 +17,7 @@ from dlzo.errors import UserError
 DECAYS = ("none", "linear", "cosine")
 PARTS = ("all", "attention", "mlp")
 CHANNELS = ("all", "outlier")
-MAX_DIRECTIONS = 65535  # what a journal holds
+MAX_DIRECTIONS, MAX_STEPS = (1 << 16) - 1, (1 << 32) - 1  # what a journal holds
 MAX_RANK = 1024  # a larger one is not low, and takes memory
 # By method: the best of three on SST-2 (docs/tuning.md).
 LEARNING_RATES = {"dominant": 3e-4, "mezo": 3e-5, "lozo": 3e-5, "lora": 3e-3}
@@ -32,6 +32,9 @@ _LEAST = {
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train and how.
+
+    `dataclasses.replace` with another method keeps the lr and rank of the first one, which are
+    numbers by then: give `lr=None, rank=None` beside it for those of the new one.
 
     Attributes:
         task: name of the task, or path of a .yaml file that describes it.
@@ -148,7 +151,7 @@ class TrainConfig:
         if self.part not in PARTS:
             raise UserError(f"part {self.part!r} is not known: choose {' or '.join(PARTS)}")
         if isinstance(self.layer, Sequence) and not all(type(i) is int for i in self.layer):
-            raise UserError(f"layer is {str(self.layer)[:60]}: give one number, or a few")
+            raise UserError(f"layer is {repr(self.layer)[:60]}: give one number, or a few")
         if self.method == "mezo" and self.layers:
             raise UserError("method 'mezo' tunes all parameters: leave out layer")
         if self.method == "lora" and self.part != "all":
@@ -172,10 +175,10 @@ class TrainConfig:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
-        if self.directions > MAX_DIRECTIONS:
-            raise UserError(f"directions is {self.directions}: give at most {MAX_DIRECTIONS}")
-        if self.given_rank > MAX_RANK:
-            raise UserError(f"rank is {self.rank}: give at most {MAX_RANK}")
+        most = {"steps": MAX_STEPS, "directions": MAX_DIRECTIONS, "rank": MAX_RANK}
+        for name, bound in most.items():
+            if getattr(self, name) > bound:
+                raise UserError(f"{name} is {getattr(self, name)}: give at most {bound}")
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}: give one below 2**63")
         if not 0 <= self.sync_seconds < math.inf:

@@ -25,6 +25,7 @@ from dlzo.files import (
     replace_text,
     sync,
 )
+from dlzo.metrics import Metrics
 
 SETTINGS_FILE = "run.json"
 JOURNAL_FILE = "journal.zo"
@@ -34,6 +35,11 @@ _FILES = {SETTINGS_FILE, JOURNAL_FILE, METRICS_FILE, LOCK_FILE, WEIGHTS_FILE, PE
 VERSION = 1
 MAX_SETTINGS = 1 << 20  # bytes
 _FIELDS = {"model": str, "dtype": str, "data": str, "config": dict}
+# What reads metrics goes into these.
+_CONTAINERS = {
+    **dict.fromkeys(("layers", "history"), list),
+    **dict.fromkeys(("zero_shot", "best", "final", "test"), dict),
+}
 
 
 @contextmanager
@@ -108,8 +114,9 @@ def read_metrics(out: Path) -> dict[str, Any] | None:
         return None
     try:
         metrics = parse_json_object(path.read_bytes())
-        if lacking := {"zero_shot", "best", "test", "history"} - metrics.keys():
-            raise ValueError(f"it has no {min(lacking)!r}")
+        for name in sorted(Metrics.__required_keys__):
+            if name not in metrics or not isinstance(metrics[name], _CONTAINERS.get(name, object)):
+                raise ValueError(f"it has no valid {name!r}")
         return metrics
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged ({error}): delete it, and resume") from error
@@ -118,6 +125,11 @@ def read_metrics(out: Path) -> dict[str, Any] | None:
 def finish(out: Path, metrics: str) -> None:
     """Writes the metrics, which make a run a finished one, and lets go of what it replaces."""
     replace_text(out / METRICS_FILE, metrics)
+    delete_replaced(out)
+
+
+def delete_replaced(out: Path) -> None:
+    """Lets go of the result that a finished run replaces."""
     replaced = _replaced(out)
     # Since then another run may lie there, or files of others.
     is_the_one = _is_result(replaced) and _identity(replaced) == read_settings(out).get("replaces")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 import time
 from array import array
 from collections import deque
@@ -24,6 +25,7 @@ from dlzo.channels import chosen_channels, outlier_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
+from dlzo.files import user_path
 from dlzo.header import adapter_info, check_same_run, header_of
 from dlzo.journal import Reader, Writer, create
 from dlzo.learning_rate import find_lr
@@ -46,6 +48,7 @@ from dlzo.run import (
     JOURNAL_FILE,
     check_cache,
     check_free,
+    delete_replaced,
     existing_run,
     finish,
     new_run,
@@ -109,7 +112,8 @@ def train(
             and nothing has been changed; or the run had to stop, and can be resumed.
     """
     started = time.perf_counter()
-    out = Path(out).resolve()
+    out = user_path(out).resolve()
+    data_dir = user_path(data_dir)
     distributed.from_first_rank(lambda: check_free(out, overwrite))
     check_cache(config.prefix_cache_dir, out)
     with sole_use(model):
@@ -130,7 +134,7 @@ def train(
                     "model": absolute_name(model.name_or_path or ""),
                     "dtype": dtype_name(model.dtype),
                     "device": _device_name(model),
-                    "data": str(Path(data_dir).resolve()),
+                    "data": str(data_dir.resolve()),
                     "config": asdict(config),
                 }
                 distributed.from_first_rank(
@@ -161,7 +165,7 @@ def resume(
         UserError: `out` holds no run, or is in use; model or data are not those of the run.
     """
     started = time.perf_counter()
-    out = Path(out).resolve()
+    out = user_path(out).resolve()
     with sole_use(model), ExitStack() as stack:
         settings = distributed.from_first_rank(lambda: stack.enter_context(existing_run(out)))
         if (metrics := distributed.from_first_rank(lambda: _finished(out))) is not None:
@@ -244,7 +248,7 @@ class _Run:
         except OSError as error:
             raise UserError(
                 f"the run in {str(self.out)!r} stopped ({error}): mend that and go on with "
-                f"`dlzo train --resume {self.out}`"
+                f"`dlzo train --resume {shlex.quote(str(self.out))}`"
             ) from error
         finally:
             self.target.restore(self.best_weights)
@@ -411,7 +415,7 @@ def finished(out: Path) -> Metrics | None:
 def _finished(out: Path) -> Metrics | None:
     metrics = read_metrics(out)
     if metrics is not None:
-        finish(out, metrics_text(cast(Metrics, metrics)))
+        delete_replaced(out)  # a kill may have come before
     return cast(Metrics | None, metrics)
 
 
