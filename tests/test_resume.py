@@ -17,7 +17,8 @@ from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.journal import Reader, Writer, create
 from dlzo.records import Event, Step
-from dlzo.scoring import PrefixCache
+from dlzo.scoring import PrefixCache, scorer
+from dlzo.scoring.runner import Runner
 from dlzo.sensitivity import sensitivity
 from dlzo.target import Target
 from dlzo.trainer import resume, train
@@ -223,6 +224,28 @@ def test_only_what_is_left_to_score_is_cached(data, tmp_path, monkeypatch):
             train(tiny(), TOKENIZER, SHORT, data, tmp_path / "out")
     resume(tiny(), TOKENIZER, tmp_path / "out")
     assert [cache.used_bytes > 0 for cache in caches] == [True, False]
+
+
+@pytest.mark.parametrize("room", [1 << 20, 40_000])
+def test_prefixes_of_steps_that_are_done_are_not_computed_again(data, tmp_path, monkeypatch, room):
+    forwards, layer_input = [], Runner.layer_input
+
+    def watched(*args):
+        forwards.append(0)
+        return layer_input(*args)
+
+    monkeypatch.setattr(Runner, "layer_input", watched)
+    monkeypatch.setattr(trainer, "PrefixCache", lambda _, folder: PrefixCache(room, folder))
+    monkeypatch.setattr(scorer, "ROW_TOKENS", dict.fromkeys((2, 4, 8), 32))
+    config = replace(SHORT, steps=5, eval_every=5)  # an epoch
+    train(tiny(), TOKENIZER, config, data, tmp_path / "whole")
+    whole = len(forwards)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), TOKENIZER, config, data, tmp_path / "out", on_progress=stopping_at(4))
+    forwards.clear()
+    resume(tiny(), TOKENIZER, tmp_path / "out")
+    assert 0 < len(forwards) < whole
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
 def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):

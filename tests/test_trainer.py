@@ -188,15 +188,18 @@ def test_the_prefix_of_each_text_is_computed_once(data, tmp_path, monkeypatch):
     below = model.model.layers[0]
     # 40 texts, of which each epoch of five batches leaves out four.
     config = replace(SHORT, steps=12, batch_size=7, eval_every=12)
-    real = trainer.take_step
 
-    def watched(*arguments):
-        handle = below.mlp.register_forward_hook(lambda *_: seen.append(0))
-        step = real(*arguments)
-        handle.remove()
-        return step
+    def watch(real):
+        def watched(*arguments):
+            handle = below.mlp.register_forward_hook(lambda *_: seen.append(0))
+            found = real(*arguments)
+            handle.remove()
+            return found
 
-    monkeypatch.setattr(trainer, "take_step", watched)
+        return watched
+
+    for name in ("take_step", "score"):
+        monkeypatch.setattr(trainer, name, watch(getattr(trainer, name)))
     train(model, TOKENIZER, config, data, tmp_path / "out")
     assert not seen
 

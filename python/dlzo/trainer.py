@@ -55,7 +55,7 @@ from dlzo.run import (
     read_metrics,
 )
 from dlzo.sampler import batch_indices, batch_of
-from dlzo.scoring import PrefixCache, Scorer
+from dlzo.scoring import EncodedExample, PrefixCache, Scorer
 from dlzo.sites import forward
 from dlzo.step import scored_here, take_step
 from dlzo.target import Target
@@ -322,17 +322,23 @@ class _Run:
         """Computes once what the layers below the tuned one make of what this rank will score.
 
         What is computed together decides how it is rounded. So ranks that take directions each
-        compute all that one process would, and have its bits.
+        compute all that one process would, and have its bits; and a run that was taken up groups
+        all texts as in one go, but computes those alone that are left.
         """
-        config, train_set = self.config, self.train_set
-        validation_set = scored_here(self.validation_set, config.directions)
+        validation_set = scored_here(self.validation_set, self.config.directions)
+        all_steps, left = self._drawn_from(1), self._drawn_from(self.progress.step + 1)
+        self.scorer.cache_prefixes([*all_steps, *validation_set], [*left, *validation_set])
+
+    def _drawn_from(self, step: int) -> Sequence[EncodedExample]:
+        """What this rank scores of the batches from a step on."""
+        config, size = self.config, len(self.train_set)
+        steps = range(step, config.steps + 1)
         # Each epoch leaves out another remainder, and gives ranks others of its batches.
-        if config.steps <= (size := len(train_set)) // config.batch_size:
-            steps = range(1, config.steps + 1)
-            batches = [batch_indices(config.seed, n, size, config.batch_size) for n in steps]
-            shares = [scored_here(batch, config.directions) for batch in batches]
-            train_set = [train_set[i] for i in sorted({i for share in shares for i in share})]
-        self.scorer.cache_prefixes([*train_set, *validation_set])
+        if len(steps) > size // config.batch_size:
+            return self.train_set
+        batches = (batch_indices(config.seed, n, size, config.batch_size) for n in steps)
+        shares = (scored_here(batch, config.directions) for batch in batches)
+        return [self.train_set[i] for i in sorted({i for share in shares for i in share})]
 
     def _validation_is_due(self) -> bool:
         step = self.progress.step

@@ -105,6 +105,7 @@ class Scorer:
         self.cache_problem: str | None = "no cache was given"
         self._turn = _turns.setdefault(model, threading.RLock())
         self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
+        self._itemsize = model.dtype.itemsize  # of hidden states: some models add up in float32
         self._frozen = None if self.layer is None else FrozenWeights(model, self.layer)
         with self._turn:
             Trial(self).set_shortcuts(cache)
@@ -176,11 +177,18 @@ class Scorer:
         return int(hits.sum()), total, weight
 
     @torch.inference_mode()
-    def cache_prefixes(self, examples: Sequence[EncodedExample]) -> None:
+    def cache_prefixes(
+        self, examples: Sequence[EncodedExample], needed: Sequence[EncodedExample] | None = None
+    ) -> None:
         """Puts the tuned layer's inputs for these examples into the cache, while there is room.
 
         The same examples leave the same bits in a new cache, whatever was scored before; its folder
         gives only what was computed among the same neighbours.
+
+        Args:
+            examples: what decides the bits, and for what there is room.
+            needed: those of them that will be scored, all if None; a forward without any of them is
+                left out, and its room left free.
 
         Raises:
             UserError: the cache's folder cannot be written.
@@ -190,23 +198,26 @@ class Scorer:
             if cache is None:
                 return
             sequences = {tokens for example in examples for tokens in example.sequences}
+            left = sequences
+            if needed is not None:
+                left = {tokens for example in needed for tokens in example.sequences}
+            skipped = 0  # bytes
             for pack in self.lay_out(sequences):
                 names = repr((pack.inputs["input_ids"].tolist(), list(pack.places)))
                 neighbours = hashlib.sha256(names.encode()).hexdigest()
                 missing = [tokens for tokens in pack.places if not cache.find(tokens, neighbours)]
                 if not missing:
                     continue
-                length = pack.inputs["input_ids"].shape[1]
-                found = (pack.places[tokens] for tokens in missing)
-                each = torch.cat([row * length + columns for row, columns in found])
-                # What texts share is kept once.
-                distinct, each = each.unique(return_inverse=True)
-                nbytes = len(distinct) * self._hidden_size * self.model.dtype.itemsize
-                if not cache.has_room(nbytes):
+                positions, places = _positions_of(missing, pack)
+                nbytes = len(positions) * self._hidden_size * self._itemsize
+                if not cache.has_room(skipped + nbytes):
                     break
-                hidden = self.runner.layer_input(pack).flatten(0, 1)[distinct]
-                places = each.split([*map(len, missing)])
-                cache.put(dict(zip(missing, places, strict=True)), hidden, neighbours)
+                if left.isdisjoint(missing):
+                    skipped += nbytes
+                    continue
+                hidden = self.runner.layer_input(pack).flatten(0, 1)[positions]
+                self._itemsize = hidden.itemsize  # known from the first trial on
+                cache.put(places, hidden, neighbours)
 
     def _loss_sums(self, scores: Tensor, plan: Plan) -> tuple[list[float], int]:
         gold = gold_of(plan.batch)
@@ -330,3 +341,13 @@ class Scorer:
                     "its decoder layers"
                 )
         return min(self.layers, key=known.index, default=None)
+
+
+def _positions_of(sequences: Sequence[Tokens], pack: Pack) -> tuple[Tensor, dict[Tokens, Tensor]]:
+    """The positions that hold tokens of the sequences, shared ones once, and which each has."""
+    length = pack.inputs["input_ids"].shape[1]
+    found = (pack.places[tokens] for tokens in sequences)
+    each = torch.cat([row * length + columns for row, columns in found])
+    positions, each = each.unique(return_inverse=True)
+    places = each.split([*map(len, sequences)])
+    return positions, dict(zip(sequences, places, strict=True))
