@@ -28,7 +28,7 @@ from dlzo.models import load_model
 from dlzo.plots import plot_history
 from dlzo.terminal import console
 from dlzo.trainer import train
-from dlzo_kernels import __version__
+from dlzo_kernels import LaunchError, __version__
 from runs import rewrite_config
 from tiny import byte_tokenizer, tiny_model
 
@@ -722,6 +722,16 @@ def test_running_out_of_memory_is_one_sentence(run, model, monkeypatch):
     code, _, err = run("probe", model)
     assert code == 2
     assert "out of memory" in err
+
+
+def test_a_triton_that_cannot_compile_is_one_sentence(run, model, monkeypatch):
+    def launch(*_, **__):
+        raise LaunchError("Triton cannot compile or load a kernel here: mend its installation")
+
+    monkeypatch.setattr(cli, "probe", launch)
+    code, _, err = run("probe", model)
+    assert code == 2
+    assert "error: Triton cannot compile" in err
 
 
 def test_other_errors_keep_their_traceback(run, model, monkeypatch):

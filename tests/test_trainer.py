@@ -17,8 +17,11 @@ from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.models import decoder_layers
 from dlzo.plots import plot_history
+from dlzo.replay import replay
 from dlzo.sampler import batch_indices, step_seed
 from dlzo.trainer import resume, train
+from dlzo_kernels import masters
+from dlzo_kernels.parameters import storages
 from runs import CONFIG, TOKENIZER, same, state, write_data
 from tiny import VOCABULARY, random_model, tiny_model
 
@@ -100,6 +103,15 @@ def test_lr_zero_changes_no_bit(data, tmp_path):
     metrics = train(model, TOKENIZER, replace(SHORT, lr=0.0), data, tmp_path / "out")
     assert same(state(model), before)
     assert metrics["final"]["loss"] == metrics["history"][0]["validation_loss"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "mezo", "layer": None, "lr": 1e-4}])
+def test_no_master_outlives_a_run_or_a_replay(data, tmp_path, changes):
+    model, again = tiny_model(dtype=torch.bfloat16), tiny_model(dtype=torch.bfloat16)
+    train(model, TOKENIZER, replace(CONFIG, steps=2, **changes), data, tmp_path / "out")
+    replay(again, tmp_path / "out" / "journal.zo", tmp_path / "again")
+    kept = {key.storage for key in masters._entries}
+    assert kept.isdisjoint(storages([model, again]))
 
 
 def test_the_best_weights_are_kept_not_the_last(data, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ from dlzo.tasks import Split, check_folder, get_task, load_split
 from dlzo.tasks.hub import public_data
 from dlzo.terminal import complain, console, path_option, say, summary, training_bar
 from dlzo.trainer import finished, load_examples, resume, train
-from dlzo_kernels import __version__
+from dlzo_kernels import LaunchError, __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -407,6 +407,8 @@ def main() -> None:
             reason = error.strerror or error
             _fail(f"reading or writing failed ({reason}): make room, or give another place")
         _fail(f"{str(error.filename)!r} cannot be used ({error.strerror}): give another path")
+    except LaunchError as error:
+        _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         lacking = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not lacking and "not enough memory" not in str(error):

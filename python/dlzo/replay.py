@@ -12,6 +12,7 @@ from dlzo.errors import UserError
 from dlzo.header import adapter_info, fitting_target
 from dlzo.journal import Reader
 from dlzo.rule import rule_in
+from dlzo_kernels import release
 
 
 def check_replay(
@@ -73,4 +74,5 @@ def replay(
             )
         except OSError as error:
             raise UserError(f"{str(folder)!r} cannot be written: {error}") from error
+    release(target.modules)
     return reader
