@@ -148,22 +148,21 @@ def release(layer: Layer) -> None:
 
     That is for the end of a run: the next `zo_step` makes them anew of the weights as they are,
     without what was below the last digit of their dtype. Steps that are open on the layer cannot be
-    taken any more. The masters of memory that is no more are freed too, with `release([])` these
-    alone.
+    taken any more; what one of them has perturbed is left, for its master alone can restore it. The
+    masters of memory that is no more are freed too, with `release([])` these alone.
 
     Args:
         layer: as in `zo_step`; frozen parameters count, and views stand for all of their memory.
 
     Raises:
         TypeError: the layer is none of the three.
-        RuntimeError: a step has the layer perturbed; nothing is freed.
     """
-    names = storages(layer)
-    found = [(key, entry) for key, entry in _entries.copy().items() if key.storage in names]
-    for key, entry in found:
-        if entry.perturbed is not None:
-            raise perturbed_error(names[key.storage])
-    _forget(entry for _, entry in found)
+    found = storages(layer)
+    _forget(
+        entry
+        for key, entry in _entries.copy().items()
+        if key.storage in found and entry.perturbed is None
+    )
     _forget_dead()
 
 

@@ -50,12 +50,12 @@ def tuned_parameters(layer: Layer) -> list[tuple[str, Tensor, Tensor, Numbering]
     return found
 
 
-def storages(layer: Layer) -> dict[int, str]:
-    """The storages of all parameters, frozen ones too, by StorageWeakRef's number: their names."""
-    found: dict[int, str] = {}
-    for name, tensor, _ in _named_tensors(layer):
+def storages(layer: Layer) -> set[int]:
+    """The storages of all parameters, frozen ones too, by StorageWeakRef's number."""
+    found: set[int] = set()
+    for _, tensor, _ in _named_tensors(layer):
         with suppress(NotImplementedError, ValueError):  # sparse, or not initialised: it has none
-            found[StorageWeakRef(_local(tensor).untyped_storage()).cdata] = name
+            found.add(StorageWeakRef(_local(tensor).untyped_storage()).cdata)
     return found
 
 

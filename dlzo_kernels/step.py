@@ -314,6 +314,7 @@ class ZOStep:
             live, out = t.live, t.operand.out
             is_other = live.data_ptr() != out.data_ptr() and live.shape == out.shape
             if is_other and is_whole(live):
+                # Not of `out`, whose memory may be freed.
                 live.detach().copy_(t.entry.master.to(out.dtype))
 
     def _finish(

@@ -188,7 +188,10 @@ BAD = {
     "data": (["eval", "MODEL", "--task", "sst2", "--data", "nowhere"], "nowhere"),
     "adapter": (["eval", "MODEL", "--task", "sst2", "--data", "DATA", "--adapter", "x"], "'x'"),
     "layer": ("--layer 4", "layer is 4: the model has layers 0 to 3"),
-    "layer to probe for": ("--layer auto --method lozo", "layer is given without a number"),
+    "layer to probe for": (
+        "--layer auto --method lozo",
+        "layer is given without --method dominant",
+    ),
     "layer text": ("--layer first", "'first'"),
     "layers": ("--layer 1,7", "layer is 7"),
     "layers text": ("--layer 1,", "'1,'"),
@@ -353,7 +356,7 @@ def test_a_full_disk_behind_the_output_is_one_sentence(run, finished, monkeypatc
 
     monkeypatch.setattr(sys.stdout, "write", full)
     code, _, err = run("journal", "verify", finished / "journal.zo")
-    assert code == 2 and err.startswith("error: reading or writing failed (No space left")
+    assert code == 2 and err.startswith("error: writing failed (No space left")
 
 
 def test_figures_are_drawn_of_any_name_and_without_what_is_not_finite(finished, tmp_path):

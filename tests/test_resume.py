@@ -129,18 +129,26 @@ def test_a_fault_at_any_write_loses_nothing(data, tmp_path, monkeypatch, kind):
 
 
 def test_the_name_of_a_runs_folder_is_on_the_disk_before_its_settings(data, tmp_path, monkeypatch):
-    seen, sync = [], files.sync
+    out, synced, sync = tmp_path / "a" / "out", [], files.sync
 
     def watched(path):
-        seen.append((path, (tmp_path / "out").is_dir(), (tmp_path / "out" / "run.json").exists()))
+        if path.is_dir() and not (out / "run.json").exists():
+            assert out.is_dir()
+            synced.append(path)
         sync(path)
 
     for module in (files, run):
         monkeypatch.setattr(module, "sync", watched)
-    for overwrite in (False, True):
-        seen.clear()
-        train(tiny(), TOKENIZER, SHORT, data, tmp_path / "out", overwrite=overwrite)
-        assert seen[0] == (tmp_path, True, False)
+    for overwrite, parents in ((False, [out.parent, tmp_path]), (True, [out.parent])):
+        synced.clear()
+        train(tiny(), TOKENIZER, SHORT, data, out, overwrite=overwrite)
+        assert synced == parents
+    # Of a folder that is there already, the parent may be one that cannot be read.
+    out = tmp_path / "empty"
+    out.mkdir()
+    synced.clear()
+    train(tiny(), TOKENIZER, SHORT, data, out)
+    assert synced == []
 
 
 def stopped_run(data, out, step=3, config=SHORT):

@@ -673,7 +673,7 @@ def test_released_masters_are_freed_and_made_anew(monkeypatch):
 def test_masters_of_an_open_step_are_kept_while_it_has_the_layer_perturbed():
     layer, before = layer_of(), copies(layer_of())
     step = zo_step(layer, 1, 1e-2, 1e-2)
-    with step.plus(), pytest.raises(RuntimeError, match="q is perturbed by an open step"):
+    with step.plus():
         release(layer)
     assert_untouched(layer, before)
     with step.minus():

@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
 
 class LaunchError(RuntimeError):
-    """Triton cannot compile or load a kernel here: nothing of the op has run."""
+    """Triton cannot compile or load a kernel here."""
 
 
 def launch(plans: Iterable[Plan], device: torch.device) -> None:
@@ -82,6 +82,8 @@ def launch(plans: Iterable[Plan], device: torch.device) -> None:
                 raise
             # Compilers that fail and registers that do not suffice have nothing else in common.
             except Exception as error:
+                if str(error).startswith("Triton Error [CUDA]"):  # of an earlier kernel, perhaps
+                    raise
                 raise LaunchError(
                     f"Triton cannot compile or load a kernel here ({error}): mend its "
                     "installation, or uninstall triton"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -129,8 +130,13 @@ def sensitivity_command(
     _check_outputs(plot, json_file)
     chosen = None if layers == "all" else _parse_numbers("layers", layers, "'all'")
     folder = _data_folder(task, data)
-    numbers: dict[str, Any] = {"seeds": seeds, "batches": batches, "batch_size": batch_size}
-    numbers |= {"eps": eps, "seed": seed}
+    numbers: dict[str, Any] = {
+        "seeds": seeds,
+        "batches": batches,
+        "batch_size": batch_size,
+        "eps": eps,
+        "seed": seed,
+    }
     check_sensitivity(task, folder, **numbers)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype), device=device)
     with Progress(console=console) as bar:
@@ -259,13 +265,15 @@ def train_command(
             sync_seconds=sync_seconds,
         )
         _refuse_without_effect(context, config)
+        # What can be told before a model is fetched.
+        kind, place = parse_dtype(dtype), parse_device(device or "cpu")
         folder = _data_folder(task, data)
-        from_first_rank(lambda: check_free(out, overwrite))  # before a model is fetched
+        from_first_rank(lambda: check_free(out, overwrite))
         check_cache(config.prefix_cache_dir, out)
         if method == "lora":
             check_peft()
         load_examples(get_task(task), config, folder)
-        loaded = load_model(model, dtype=parse_dtype(dtype), device=device or "cpu")
+        loaded = load_model(model, dtype=kind, device=place)
         metrics = _train(*loaded, config, folder, out, overwrite)
     console.print(summary(metrics))
     say(f"written to {out or resume_from}")
@@ -403,9 +411,11 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:  # the disk behind stdout is full, say
-            reason = error.strerror or error
-            _fail(f"reading or writing failed ({reason}): make room, or give another place")
+        if error.filename is None:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
+            # Behind stdout, say.
+            _fail(f"writing failed ({error.strerror}): make room, or give another place")
         _fail(f"{str(error.filename)!r} cannot be used ({error.strerror}): give another path")
     except LaunchError as error:
         _fail(str(error))
@@ -446,9 +456,9 @@ def _check_outputs(plot: Path | None, json_file: Path | None = None) -> None:
 def _load(
     model: str, adapter: str | None, dtype: str, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    kind = parse_dtype(dtype)
+    kind, place = parse_dtype(dtype), parse_device(device)
     folder = None if adapter is None else check_adapter(adapter, kind)
-    loaded, tokenizer = load_model(model, dtype=kind, device=device)
+    loaded, tokenizer = load_model(model, dtype=kind, device=place)
     if folder is not None:
         load_adapter(loaded, folder)
     return loaded, tokenizer
@@ -473,15 +483,16 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _refuse_without_effect(context: typer.Context, config: TrainConfig) -> None:
+    tunes_layers = bool(config.layers) or config.method == "dominant"
     for name, has_effect, condition in (
         ("rank", config.method in ("lozo", "lora"), "--method lozo or lora"),
         ("interval", config.method == "lozo", "--method lozo"),
         ("top", config.channels == "outlier", "--channels outlier"),
         *(
-            (name, bool(config.layers) or config.method == "dominant", "a layer to tune, --layer")
+            (name, tunes_layers, "a layer to tune, --layer")
             for name in ("prefix_cache_mb", "prefix_cache_dir")
         ),
-        ("layer", bool(config.layers) or config.method == "dominant", "a number"),
+        ("layer", tunes_layers, "--method dominant, which probes for it, or its number"),
     ):
         if _is_given(context, name) and not has_effect:
             raise UserError(f"{name} is given without {condition}: add that or leave it out")

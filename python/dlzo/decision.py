@@ -91,7 +91,7 @@ def decide(absmax: Iterable[float], kurtosis: Iterable[float] | None = None) -> 
         and (kurtosis is None or kurtosis[i] > kurtosis[i - 1])
     ]
     if not candidates:
-        return _no_emergence(level, rises)
+        return _no_emergence(level, rises, kurtosis is not None)
     layer = max(candidates, key=partial(_contrast, level))
     rival = max((i for i in range(len(level)) if i != layer), key=jumps.__getitem__)
     lead = max(0.0, 1 - max(0.0, jumps[rival]) / jumps[layer])
@@ -128,7 +128,7 @@ def _contrast(level: Sequence[float], split: int) -> float:
     return weight * (fmean(after) - fmean(before))
 
 
-def _no_emergence(level: Sequence[float], rises: Sequence[float]) -> Decision:
+def _no_emergence(level: Sequence[float], rises: Sequence[float], has_kurtosis: bool) -> Decision:
     if len(level) < 2:
         reason = "a rise is seen between two layers, the last one left out, and there are too few"
         return Decision(None, "none", 0.0, None, reason)
@@ -138,7 +138,8 @@ def _no_emergence(level: Sequence[float], rises: Sequence[float]) -> Decision:
     confidence = max(0.0, 1 - steepest / math.log2(EMERGENCE_RISE))
     stands_out = "stands out"
     if confidence == 0:
-        stands_out = f"makes a step of {MIN_JUMP:g}x that lasts and raises the kurtosis too"
+        also = " and raises the kurtosis too" if has_kurtosis else ""
+        stands_out = f"makes a step of {MIN_JUMP:g}x that lasts{also}"
     reason = (
         f"max|h| grows {_factor(growth)} over the layers and at most {_factor(steepest)} "
         f"within three of them: no layer {stands_out}"

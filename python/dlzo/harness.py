@@ -14,7 +14,7 @@ from dlzo.models import sole_use
 
 
 def check_lm_eval(*, include: str | Path | None, limit: int | None, batch_size: int) -> None:
-    """Raises UserError for what can be told of `lm_eval` without a model, and at once."""
+    """Raises UserError for what can be told of `lm_eval` without a model."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:

@@ -99,8 +99,8 @@ def parse_device(name: str) -> torch.device:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a model, layer 0 first.
 
-    They are found by structure: the outermost ModuleList of the text decoder, or else of the model,
-    that holds `num_hidden_layers` blocks, of one class or, in a hybrid, each made of further
+    They are found by structure: the outermost ModuleList of the text decoder, or else of the base
+    model, that holds `num_hidden_layers` blocks, of one class or, in a hybrid, each made of further
     modules.
 
     Raises:
@@ -108,7 +108,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     # What ModernBERT calls its decoder is a part of the head.
-    for module in chain(model.get_decoder().modules(), model.modules()):
+    for module in chain(model.get_decoder().modules(), model.base_model.modules()):
         if not isinstance(module, nn.ModuleList) or len(module) != count:
             continue
         if len({type(block) for block in module}) == 1 or all(map(_is_composed, module)):

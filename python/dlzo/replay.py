@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def replay(
     folder = Path(out)
     header, rule = reader.header, rule_in(reader.header)
     target = fitting_target(reader, model)
-    with target.undone_by_error():
+    with ExitStack() as stack, target.undone_by_error():
+        stack.callback(release, target.modules)  # masters take four bytes a weight
         try:
             folder.mkdir(parents=True, exist_ok=True)  # fails, if at all, before a weight moves
             rule.replay(target.modules, islice(Reader(reader.path).steps(), until))
@@ -74,5 +76,4 @@ def replay(
             )
         except OSError as error:
             raise UserError(f"{str(folder)!r} cannot be written: {error}") from error
-    release(target.modules)
     return reader

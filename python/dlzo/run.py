@@ -24,6 +24,7 @@ from dlzo.files import (
     remove_partial_files,
     replace_text,
     sync,
+    user_path,
 )
 from dlzo.metrics import Metrics
 
@@ -57,8 +58,10 @@ def new_run(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Itera
         if _is_result(out):
             with _locked(out):
                 replaces = _move_aside(out)
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
-        sync(out.parent)  # a power cut would take the folder's name, and all in it
+        for folder in made:
+            sync(folder.parent)  # a power cut would take the folder's name, and all in it
     except OSError as error:
         raise UserError(f"output {str(out)!r} cannot be written: {error}") from error
     with _locked(out):
@@ -172,7 +175,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 def check_cache(folder: str | None, out: Path) -> None:
     """Raises UserError where the folder of a prefix cache lies in `out`."""
-    if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
+    if folder is not None and user_path(folder).resolve().is_relative_to(out.resolve()):
         raise UserError(
             f"prefix_cache_dir {folder!r} lies in the output folder {str(out)!r}, which a run has "
             "for itself: choose another folder"

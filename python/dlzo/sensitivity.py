@@ -119,10 +119,14 @@ def check_sensitivity(
     Raises:
         UserError: the task or its data cannot be used, or a number is out of its range.
     """
-    least = {"seeds": 2, "batches": 2, "batch_size": 1, "seed": 0}
-    for name, value in zip(least, (seeds, batches, batch_size, seed), strict=True):
-        if value < least[name]:
-            raise UserError(f"{name} is {value}: give at least {least[name]}")
+    for name, value, least in (
+        ("seeds", seeds, 2),
+        ("batches", batches, 2),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}: give at least {least}")
     check_eps(eps)
     definition = get_task(task)
     examples = definition.drawn(load_split(definition, data_dir, "train"))

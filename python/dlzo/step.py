@@ -59,8 +59,8 @@ def with_lr(step: Step, lr: float, config: TrainConfig) -> Step:
 def _lr_of(losses: Sequence[float], lr: float, config: TrainConfig) -> float:
     """lr, or lr / std(losses) if so configured.
 
-    Where the losses are equal or not finite it is lr, for then nothing moves; nor does it by the
-    largest number, in the place of a quotient that is infinite.
+    Where the losses are equal or not finite it is lr, for then nothing moves. A quotient that
+    overflows becomes the largest float, which a journal can hold and whose step is not applied.
     """
     if not config.lr_per_spread or not all(map(math.isfinite, losses)):
         return lr

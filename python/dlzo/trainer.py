@@ -126,6 +126,7 @@ def train(
         config = _with_absolute_paths(config)
         with ExitStack() as stack:
             with _target(model, config).undone_by_error() as target:
+                stack.callback(release, target.modules)  # masters take four bytes a weight
                 if config.lr == "auto":
                     lr, _ = find_lr(target, tokenizer, config, task, examples["train"])
                     config = replace(config, lr=lr)
@@ -176,6 +177,7 @@ def resume(
         examples = load_examples(task, config, settings["data"])
         config = _resolved(model, tokenizer, config)
         with _target(model, config).undone_by_error() as target:
+            stack.callback(release, target.modules)
             run = _Run(target, tokenizer, config, task, examples, out)
         return run.complete(started, on_progress)
 
@@ -253,7 +255,6 @@ class _Run:
             ) from error
         finally:
             self.target.restore(self.best_weights)
-            release(self.target.modules)  # four bytes a weight, of no use to another run
 
     def _open_journal(self, stack: ExitStack) -> Iterable[Record]:
         """Opens the journal of the run, a new one if there is none; its records so far."""
@@ -469,7 +470,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         task=absolute_task(config.task),
-        prefix_cache_dir=None if folder is None else str(Path(folder).resolve()),
+        prefix_cache_dir=None if folder is None else str(user_path(folder).resolve()),
     )
 
 

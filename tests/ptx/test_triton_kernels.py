@@ -175,9 +175,26 @@ def test_a_toolchain_that_fails_is_told_as_one_kind_of_error(monkeypatch, error)
     plans = [NOISE_PLANS["perturb_bfloat16_bfloat16"]]
     with pytest.raises(LaunchError, match=r"Triton cannot compile or load a kernel here \("):
         _triton.launch(plans, torch.device("cuda"))
-    error = torch.OutOfMemoryError("no memory left")  # of a GPU, not of the toolchain
-    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
-        _triton.launch(plans, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory left"),
+        torch.AcceleratorError("an illegal memory access"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_gpu_is_not_the_toolchains(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(_triton, "_compiled", fail)
+    with pytest.raises(type(error)) as raised:
+        _triton.launch([NOISE_PLANS["perturb_bfloat16_bfloat16"]], torch.device("cuda"))
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("name", NOISE_PLANS)

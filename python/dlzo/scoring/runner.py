@@ -97,13 +97,14 @@ class Runner:
                     stack.enter_context(passed_by(layer, beside))
             most = len(readout.row)
             if self._body is not None:
-                stack.enter_context(computed_once(self._body))
-                most = self._most_positions(state_count, len(vocabulary), normalised)
+                most = min(most, self._most_positions(state_count, len(vocabulary), normalised))
+                if most < len(readout.row):
+                    stack.enter_context(computed_once(self._body))
             parts = [
                 self._log_probs(pack, part, state_count, vocabulary, normalised)
                 for part in readout.split(most)
             ]
-        return torch.cat(parts, dim=-1)[:, readout.order(most)]
+        return torch.cat(parts, dim=-1).cpu()[:, readout.order(most)]
 
     def _log_probs(
         self, pack: Pack, readout: Readout, states: int, vocabulary: Tensor, normalised: bool
@@ -117,9 +118,9 @@ class Runner:
         logits = logits[0].unflatten(0, (states, -1))
         if not normalised:
             column = torch.searchsorted(vocabulary, readout.target)
-            return logits[:, readout.position, column].cpu()
+            return logits[:, readout.position, column]
         normaliser = logits.logsumexp(-1)[:, readout.position]
-        return (logits[:, readout.position, readout.target] - normaliser).cpu()
+        return logits[:, readout.position, readout.target] - normaliser
 
     def _most_positions(self, states: int, vocabulary: int, normalised: bool) -> int:
         """How many positions' logits exist at once."""
