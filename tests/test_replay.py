@@ -97,7 +97,7 @@ def test_the_card_names_the_model_as_it_may_be_found(data, tmp_path, monkeypatch
     config = read_config(tmp_path / "out") | {"base_model": name}
     rewrite_config(tmp_path / "out", json.dumps(config))
     export(tmp_path / "out", tmp_path / "exported")
-    assert f"\nbase_model: {card}\n" in (tmp_path / "exported" / "README.md").read_text()
+    assert f'\nbase_model: "{card}"\n' in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_a_compact_journal_gives_the_same_bits(run, tmp_path):
