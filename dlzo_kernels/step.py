@@ -312,8 +312,7 @@ class ZOStep:
         # What an evaluation gave it in place of its memory was made of perturbed weights.
         for t in self._tuned:
             live, out = t.live, t.operand.out
-            is_other = live.data_ptr() != out.data_ptr() and live.shape == out.shape
-            if is_other and is_whole(live):
+            if t.is_elsewhere and is_whole(live) and live.shape == out.shape:
                 # Not of `out`, whose memory may be freed.
                 live.detach().copy_(t.entry.master.to(out.dtype))
 

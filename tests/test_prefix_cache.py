@@ -174,7 +174,7 @@ def test_hidden_states_of_other_settings_are_never_used(tmp_path, monkeypatch, o
         monkeypatch.setattr(torch, "__version__", "0.0")
     else:
         monkeypatch.setattr("dlzo.scoring.prefix.__version__", "0.0")
-    scorer._frozen._seen = []
+    scorer.frozen._seen = []
     scorer.cache_prefixes(batch)
     assert len([*tmp_path.iterdir()]) == 2 * len(written) > 0
 

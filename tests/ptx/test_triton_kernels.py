@@ -157,6 +157,17 @@ def test_an_assembler_that_fuses_packed_products_is_refused(monkeypatch):
             check(100)
 
 
+def launch_failing(monkeypatch, error):
+    """A launch where compiling raises this."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(_triton, "_compiled", fail)
+    _triton.launch([NOISE_PLANS["perturb_bfloat16_bfloat16"]], torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -167,14 +178,8 @@ def test_an_assembler_that_fuses_packed_products_is_refused(monkeypatch):
     ids=lambda error: type(error).__name__,
 )
 def test_a_toolchain_that_fails_is_told_as_one_kind_of_error(monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(_triton, "_compiled", fail)
-    plans = [NOISE_PLANS["perturb_bfloat16_bfloat16"]]
     with pytest.raises(LaunchError, match=r"Triton cannot compile or load a kernel here \("):
-        _triton.launch(plans, torch.device("cuda"))
+        launch_failing(monkeypatch, error)
 
 
 @pytest.mark.parametrize(
@@ -187,13 +192,8 @@ def test_a_toolchain_that_fails_is_told_as_one_kind_of_error(monkeypatch, error)
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_of_the_gpu_is_not_the_toolchains(monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(_triton, "_compiled", fail)
     with pytest.raises(type(error)) as raised:
-        _triton.launch([NOISE_PLANS["perturb_bfloat16_bfloat16"]], torch.device("cuda"))
+        launch_failing(monkeypatch, error)
     assert raised.value is error
 
 

@@ -61,6 +61,7 @@ class Scorer:
 
     Attributes:
         runner: runs the packs of a plan, with the shortcuts that the model allows.
+        frozen: the weights on which the tuned layer's input depends; None without a layer.
         takes_input: whether the tuned layer's input can be given.
         mlp_problem: why the last layer's MLP runs at all positions; None where it does not.
         trees_problem: why sequences are padded; None where they are packed.
@@ -106,7 +107,7 @@ class Scorer:
         self._turn = _turns.setdefault(model, threading.RLock())
         self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
         self._itemsize = model.dtype.itemsize  # of hidden states: some models add up in float32
-        self._frozen = None if self.layer is None else FrozenWeights(model, self.layer)
+        self.frozen = None if self.layer is None else FrozenWeights(model, self.layer)
         with self._turn:
             Trial(self).set_shortcuts(cache)
 
@@ -313,8 +314,8 @@ class Scorer:
 
     def _bound_cache(self) -> PrefixCache | None:
         """The cache, holding nothing of other weights than there are now."""
-        if self.cache is not None and self._frozen is not None:
-            self.cache.bind(self._frozen.fingerprint())
+        if self.cache is not None and self.frozen is not None:
+            self.cache.bind(self.frozen.fingerprint())
         return self.cache
 
     def _cached_input(self, pack: Pack, cache: PrefixCache | None) -> Tensor | None:

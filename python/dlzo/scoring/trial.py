@@ -20,7 +20,7 @@ from dlzo.scoring.forward import Beside, State
 from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
 from dlzo.scoring.norms import rms_norms
 from dlzo.scoring.plan import Plan, plan_of
-from dlzo.scoring.prefix import FrozenWeights, PrefixCache
+from dlzo.scoring.prefix import PrefixCache
 from dlzo.scoring.runner import unsupported
 from dlzo_kernels import LaunchError
 
@@ -247,8 +247,8 @@ class Trial:
 
     def _find_what_hides_writes(self) -> str | None:
         """Which weight below the tuned layer could be written unseen; None if none could."""
-        assert self.scorer.layer is not None  # or nothing could be given
-        hidden = FrozenWeights(self.model, self.scorer.layer).untracked()
+        assert self.scorer.frozen is not None  # or nothing could be given
+        hidden = self.scorer.frozen.untracked()
         if hidden is None:
             return None
         return f"{hidden} was made in inference mode, where nothing tells that it was written"
