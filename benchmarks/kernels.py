@@ -12,7 +12,6 @@ import argparse
 import csv
 import ctypes
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from timing import Run, Times, interleaved
+from timing import Run, Times, interleaved, processor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -420,13 +419,6 @@ def bench_calls(results: Results) -> None:
         microseconds = 1e6 * median(times[name]) / 2000
         results.add(f"one call of {name}", torch.get_num_threads(), 64 * 2000, times[name],
                     us_per_call=f"{microseconds:.1f}")  # fmt: skip
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("model name", "CPU part")):
-            return line.split(":")[1].strip()
-    return platform.machine()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ SmolLM2-135M-Instruct (de-quantised Q4_1) in bfloat16. Each finished run is a ro
 results/quality_runs.csv, each of its validations one of results/quality_curves.csv; neither is made
 again, and a run that was killed goes on from its journal in --runs. Tables and figures are drawn
 from these files, without --data nothing else is done. Accuracies do not depend on what else runs on
-the machine; the times of steps do.
+the machine, the times of a run's steps do: methods are compared by those of step_times.py.
 """
 
 from __future__ import annotations
@@ -47,17 +47,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUNS, CURVES = RESULTS / "quality_runs.csv", RESULTS / "quality_curves.csv"
 SEARCHES, RATES = RESULTS / "quality_searches.csv", RESULTS / "quality_rates.csv"
 SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
-EQUAL_TIME = RESULTS / "quality_equal_time.csv"
+STEP_TIMES, EQUAL_TIME = RESULTS / "step_times.csv", RESULTS / "quality_equal_time.csv"
 SWEEP_FIGURE, METHODS_FIGURE = ROOT / "docs" / "sweep.png", ROOT / "docs" / "methods.png"
 SHORT, LONG = ("sst2", "copa", "wsc", "cb", "rte"), ("boolq", "squad", "multirc", "drop")
 ALL = (*SHORT, *LONG)
-# Whose runs had one machine, with one more of them beside each at most: only their steps' times are
-# shown.
-TIMED = ("sst2", "copa", "wsc", "cb", "squad")
-UNTIMED = (  # on any task
-    *("dominant channels", "dominant cosine", "dominant 4 directions"),
-    "dominant 4 directions by spread",
-)
 LAYER, LAYERS = 11, 30  # of SmolLM2-135M: the dominant one, found by `dlzo probe`, and all
 SWEEP_STEPS = dict.fromkeys(SHORT, 200) | dict.fromkeys(LONG, 100)
 SWEEP_LRS, SWEEP_SEEDS = (3e-4, 1e-3, 3e-3), (0, 1)
@@ -111,6 +104,10 @@ CANDIDATES = {
     ),
     "dominant cosine": Method(
         {"layer": LAYER, "eps": EPS, "lr_decay": "cosine"}, (3e-4, 1e-3, 3e-3)
+    ),
+    # In 300 steps at 3e-4 a tenth of the weights.
+    "dominant weight decay": Method(
+        {"layer": LAYER, "eps": EPS, "weight_decay": 1.0}, (1e-4, 3e-4, 1e-3)
     ),
     # With as many forwards as the 300 steps of SST-2.
     "dominant 4 directions": Method(FOUR_DIRECTIONS, (3e-4, 1e-3, 3e-3)),
@@ -353,7 +350,6 @@ def method_config(task: str, name: str, **settings: Any) -> TrainConfig:
 def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     """A row of the table: accuracy, or F1 of a generation task, on the test split."""
     metric = "test_f1" if rows[0]["test_f1"] else "test_accuracy"
-    timed = task in TIMED and method not in UNTIMED and rows[0]["lr"]
     values = [float(row[metric]) for row in rows]
     return {
         "task": task,
@@ -366,7 +362,6 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
         "mean": f"{mean(values):.4f}",
         "stdev": f"{stdev(values):.4f}" if len(values) > 1 else "",
         "loss": f"{mean(float(row['test_loss']) for row in rows):.4f}",
-        "step_ms": round(median(float(row["step_ms"]) for row in rows)) if timed else "",
     }
 
 
@@ -381,22 +376,21 @@ def averages(table: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def in_equal_time(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Validation in the time that one dominant layer's steps take: the last one by then."""
+    """Validation in the time that one dominant layer's run takes: the last one by then."""
     curves, found = read_rows(CURVES), []
-    for task in TIMED:
-        rows = [row for row in table if row["task"] == task and row["step_ms"] != ""]
-        dominant = next((row for row in rows if row["method"] == "dominant"), None)
-        for row in rows if dominant else ():
-            seconds = int(dominant["steps"]) * dominant["step_ms"] / 1e3
+    for task in dict.fromkeys(row["task"] for row in read_rows(STEP_TIMES)):
+        rows = {row["method"]: row for row in table if row["task"] == task and row["lr"]}
+        seconds = after(rows["dominant"], int(rows["dominant"]["steps"]))
+        for method, row in rows.items():
             losses = mean_curve(curves, row, "loss")
-            step = max(step for step in losses if step * row["step_ms"] / 1e3 <= seconds)
+            step = max(step for step in losses if after(row, step) <= seconds)
             accuracy = mean_curve(curves, row, "accuracy").get(step)
             found.append(
                 {
                     "task": task,
-                    "method": row["method"],
+                    "method": method,
                     "seconds": round(seconds),
-                    "steps_done": int(1e3 * seconds / row["step_ms"]),
+                    "steps_done": int((seconds - after(row, 0)) / (after(row, 1) - after(row, 0))),
                     "validated_at": step,
                     "loss": f"{losses[step]:.4f}",
                     "accuracy": "" if accuracy is None else f"{accuracy:.4f}",
@@ -405,8 +399,16 @@ def in_equal_time(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def after(row: dict[str, Any], steps: int) -> float:
+    """Seconds of so many steps of a row of the table, the frozen prefix included."""
+    times = find(STEP_TIMES, {name: row[name] for name in ("task", "method")})
+    if times is None:
+        raise SystemExit(f"no times of {row['method']!r} on {row['task']!r}: run step_times.py")
+    return float(times["prefixes_s"]) + steps * float(times["step_ms"]) / 1e3
+
+
 def draw_methods(table: Sequence[dict[str, Any]]) -> None:
-    """Validation, the mean over seeds, against the time that the steps took, or their number."""
+    """Validation, the mean over seeds, against the time that the steps take."""
     tuned, curves = [row for row in table if row["lr"]], read_rows(CURVES)
     tasks = list(dict.fromkeys(row["task"] for row in tuned))
     figure = Figure(figsize=(11, 3.4 * len(tasks)), layout="constrained")
@@ -414,17 +416,15 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
     names = itertools.product(tasks, ("accuracy", "loss"))
     for axes, (task, name) in zip(grid.flat, names, strict=True):
         for row in tuned:
-            if row["task"] != task or (task in TIMED and row["step_ms"] == ""):
+            if row["task"] != task:
                 continue
             points = mean_curve(curves, row, name)
             # No answers are generated for validation, so some tasks have a loss alone.
             axes.set_visible(bool(points))
-            scale = row["step_ms"] / 1e3 if task in TIMED else 1
             colour = f"C{list(CANDIDATES).index(row['method'])}"
-            places = [scale * step for step in points]
+            places = [after(row, step) for step in points]
             axes.plot(places, list(points.values()), "o-", ms=4, c=colour, label=row["method"])
-        along = "seconds of steps, one thread" if task in TIMED else "steps"
-        axes.set(xlabel=along, ylabel=f"validation {name}")
+        axes.set(xlabel="seconds of prefixes and steps", ylabel=f"validation {name}")
         tidy(axes)
         axes.set_title(f"{task}, equal steps for all methods", loc="left")
         if name == "loss":
@@ -489,15 +489,16 @@ def main() -> None:
     table = [row for task in ALL for row in study(finished, task)]
     if not table:
         raise SystemExit(f"{RUNS} has no such runs: give --data")
+    if study is methods:
+        table += averages(table)
+    write_rows(path, table)
+    for row in table:
+        print(*row.values(), sep="\t")
     if study is sweep:
         draw_sweep(table)
     elif study is methods:
         draw_methods(table)
         write_rows(EQUAL_TIME, in_equal_time(table))
-        table += averages(table)
-    write_rows(path, table)
-    for row in table:
-        print(*row.values(), sep="\t")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ DIR holds a folder for each task with its train.jsonl. The model is SmolLM2-135M
 (de-quantised Q4_1), the batch 16 rows in the order that training draws them, another one in each
 round. A round runs every variant in turn, one that takes less than ten seconds three times, of
 which the median counts; nothing else may be running. A round is run for every task before the next
-one. Each time is appended to results/speed.csv and not measured again, so a run that was stopped
-goes on; the table (results/speed_table.csv) and the figure are made of what is there. Without
---data nothing is measured.
+one. Each time is appended to results/speed.csv and not measured again on the same processor, so a
+run that was stopped goes on; the table (results/speed_table.csv) and the figure, which shows the
+file's first processor, are made of what is there. Without --data nothing is measured.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 from matplotlib.figure import Figure
 from mezo import Batch, batch_loss, encode_batch, inference, mezo_step
-from tables import append, markdown, read_rows, write_rows
-from timing import Run, seconds
+from tables import append, markdown, matching, read_rows, write_rows
+from timing import Run, processor, seconds
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model, parse_dtype
@@ -45,7 +46,9 @@ VARIANTS = (
     *("two_inferences", "mezo", "mezo_our_kernels", "one_layer_plain_loop"),
     *("ours_cold", "ours_cached"),
 )
-FIELDS = ("dtype", "task", "round", "variant", "ms", "positions")
+KEY = ("processor", "dtype", "task", "round", "variant")
+FIELDS = (*KEY, "ms", "positions")
+group = itemgetter(*KEY[:2])
 PAPER = 4.52  # the paper's best figure (COPA, LLaMA2-7B; arXiv 2606.05516)
 
 
@@ -119,7 +122,9 @@ def mezo_step_with_kernels(model: PreTrainedModel, batch: Batch, seed: int) -> N
 
 def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int) -> None:
     """Runs what is not yet in TIMES."""
-    done = {tuple(row[name] for name in FIELDS[:4]) for row in read_rows(TIMES)}
+    here = processor()
+    measured = matching(TIMES, {"processor": here})
+    done = {tuple(row[name] for name in KEY[1:]) for row in measured}
     rows = {task: load_split(get_task(task), data / task, "train") for task in tasks}
     for dtype in dtypes:
         missing = [
@@ -141,7 +146,7 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
                     step()
                     warm.add(variant)
                 ms = f"{1e3 * steady_seconds(step):.1f}"
-                values = dtype, task, number, variant, ms, positions
+                values = here, dtype, task, number, variant, ms, positions
                 append(TIMES, FIELDS, [dict(zip(FIELDS, values, strict=True))])
 
 
@@ -152,38 +157,43 @@ def steady_seconds(step: Run) -> float:
 
 
 def tabulate() -> list[dict[str, Any]]:
-    """One row for each dtype and task: medians of times, and of the ratios within a round."""
-    rounds: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
+    """A row for each processor, dtype and task: medians of times, and of ratios within a round."""
+    rounds: dict[tuple[str, str, str], dict[str, dict[str, dict[str, str]]]] = {}
     for row in read_rows(TIMES):
-        key = row["dtype"], row["task"]
+        key = row["processor"], row["dtype"], row["task"]
         rounds.setdefault(key, {}).setdefault(row["round"], {})[row["variant"]] = row
-    table = []
-    for (dtype, task), by_round in sorted(rounds.items(), key=lambda item: _order(item[0])):
-        whole = [found for found in by_round.values() if len(found) == len(VARIANTS)]
-        if not whole:
-            continue
-        times = [{name: float(row["ms"]) for name, row in found.items()} for found in whole]
-        row: dict[str, Any] = {"dtype": dtype, "task": task, "rounds": len(whole)}
-        for variant in VARIANTS:
-            row[f"{variant}_ms"] = round(median(by_variant[variant] for by_variant in times))
-        for name, over, under in (
-            ("mezo_over_cold", "mezo", "ours_cold"),
-            ("mezo_over_cached", "mezo", "ours_cached"),
-            ("cold_over_two_inferences", "ours_cold", "two_inferences"),
-            ("cached_over_two_inferences", "ours_cached", "two_inferences"),
-        ):
-            ratios = [by_variant[over] / by_variant[under] for by_variant in times]
-            row[name] = f"{median(ratios):.2f}"
-            row[f"{name}_quartiles"] = _quartiles(ratios)
-        for name, variant in (("plain_positions", "mezo"), ("our_positions", "ours_cold")):
-            row[name] = round(median(int(found[variant]["positions"]) for found in whole))
-        table.append(row)
+    processors = list(dict.fromkeys(processor for processor, _, _ in rounds))
+
+    def place(key: tuple[str, str, str]) -> tuple[int, int, int]:
+        return processors.index(key[0]), DTYPES.index(key[1]), TASKS.index(key[2])
+
+    table = [
+        dict(zip(KEY, key, strict=False)) | summary(whole)
+        for key in sorted(rounds, key=place)
+        if (whole := [found for found in rounds[key].values() if len(found) == len(VARIANTS)])
+    ]
     write_rows(TABLE, table)
     return table
 
 
-def _order(key: tuple[str, str]) -> tuple[int, int]:
-    return DTYPES.index(key[0]), TASKS.index(key[1])
+def summary(rounds: Sequence[dict[str, dict[str, str]]]) -> dict[str, Any]:
+    """Of whole rounds, each with the row of every variant."""
+    times = [{name: float(row["ms"]) for name, row in found.items()} for found in rounds]
+    row: dict[str, Any] = {"rounds": len(rounds)}
+    for variant in VARIANTS:
+        row[f"{variant}_ms"] = round(median(by_variant[variant] for by_variant in times))
+    for name, over, under in (
+        ("mezo_over_cold", "mezo", "ours_cold"),
+        ("mezo_over_cached", "mezo", "ours_cached"),
+        ("cold_over_two_inferences", "ours_cold", "two_inferences"),
+        ("cached_over_two_inferences", "ours_cached", "two_inferences"),
+    ):
+        ratios = [by_variant[over] / by_variant[under] for by_variant in times]
+        row[name] = f"{median(ratios):.2f}"
+        row[f"{name}_quartiles"] = _quartiles(ratios)
+    for name, variant in (("plain_positions", "mezo"), ("our_positions", "ours_cold")):
+        row[name] = round(median(int(found[variant]["positions"]) for found in rounds))
+    return row
 
 
 def _quartiles(values: list[float]) -> str:
@@ -224,7 +234,7 @@ def readable(row: dict[str, Any]) -> dict[str, str]:
 def draw(table: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
-    rows = [row for row in table if row["dtype"] == DTYPES[0]]
+    rows = [row for row in table if group(row) == (table[0]["processor"], DTYPES[0])]
     places = range(len(rows))
     for shift, name, label in ((-0.2, "cold", "prefix computed"), (0.2, "cached", "prefix cached")):
         values = [float(row[f"mezo_over_{name}"]) for row in rows]
@@ -255,9 +265,8 @@ def main() -> None:
         measure(arguments.data, arguments.tasks, arguments.dtypes, arguments.rounds)
     table = tabulate()
     draw(table)
-    for dtype in DTYPES:
-        rows = [readable(row) for row in table if row["dtype"] == dtype]
-        print(f"\n{dtype}\n\n{markdown(rows)}" if rows else f"\nnothing yet in {dtype}")
+    for title, rows in itertools.groupby(table, group):
+        print(f"\n{', '.join(title)}\n\n{markdown([readable(row) for row in rows])}")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,13 @@ def find(path: Path, key: dict[str, str]) -> dict[str, str] | None:
 
 def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     """Adds rows to a file, and prints them."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header not in (None, list(fields)):
+            raise SystemExit(f"{path} has the columns {header}, not {fields}: move it away")
         writer = csv.DictWriter(file, fields)
-        if new:
+        if header is None:
             writer.writeheader()
         for row in rows:
             writer.writerow(row)

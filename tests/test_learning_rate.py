@@ -16,7 +16,7 @@ from dlzo.lora import take_out
 from dlzo.records import Step
 from dlzo.scoring import Scorer
 from dlzo.tasks import get_task, load_split
-from dlzo.trainer import _target, resume, train
+from dlzo.trainer import resume, target_of, train
 from runs import CONFIG, TOKENIZER, result, same, state, stopping_at
 from tiny import tiny_model
 
@@ -43,7 +43,7 @@ def short_trials(monkeypatch):
 
 def search(model, data, config):
     task = get_task("sst2")
-    target = _target(model, config)
+    target = target_of(model, config)
     before = target.fingerprint()
     found = find_lr(target, TOKENIZER, config, task, load_split(task, data, "train"))
     assert target.fingerprint() == before
@@ -165,7 +165,7 @@ def test_directions_of_low_rank_move_weights_by_less(data, monkeypatch, rank):
     step = Step(1, 0, 1.0, gradients=(0.5,), losses=(1.0, 2.0), applied=True)
     monkeypatch.setattr(learning_rate._Trials, "_take", lambda *_: iter([step] * STEPS))
     config = replace(CONFIG, method="lozo", layer=None, rank=rank)
-    target, task = _target(tiny_model(), config), get_task("sst2")
+    target, task = target_of(tiny_model(), config), get_task("sst2")
     examples = load_split(task, data, "train")
     trials = learning_rate._Trials(target, TOKENIZER, config, task, examples)
     assert trials.first_move() == pytest.approx(0.5 / rank**0.5)

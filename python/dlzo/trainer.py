@@ -122,10 +122,10 @@ def train(
         examples = load_examples(task, config, data_dir)
         with torch.inference_mode():
             forward(model.eval(), torch.zeros(1, 1, dtype=torch.long))  # refuses who changes itself
-        config = distributed.from_first_rank(lambda: _resolved(model, tokenizer, config))
+        config = distributed.from_first_rank(lambda: resolved(model, tokenizer, config))
         config = _with_absolute_paths(config)
         with ExitStack() as stack:
-            with _target(model, config).undone_by_error() as target:
+            with target_of(model, config).undone_by_error() as target:
                 stack.callback(release, target.modules)  # masters take four bytes a weight
                 if config.lr == "auto":
                     lr, _ = find_lr(target, tokenizer, config, task, examples["train"])
@@ -175,8 +175,8 @@ def resume(
         config = parse_config(settings["config"], out)
         task = get_task(config.task)
         examples = load_examples(task, config, settings["data"])
-        config = _resolved(model, tokenizer, config)
-        with _target(model, config).undone_by_error() as target:
+        config = resolved(model, tokenizer, config)
+        with target_of(model, config).undone_by_error() as target:
             stack.callback(release, target.modules)
             run = _Run(target, tokenizer, config, task, examples, out)
         return run.complete(started, on_progress)
@@ -450,7 +450,7 @@ def load_examples(
     return examples
 
 
-def _resolved(
+def resolved(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> TrainConfig:
     """The configuration with the layers and channels that it leaves to be found, by number."""
@@ -474,7 +474,12 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _target(model: PreTrainedModel, config: TrainConfig) -> Target:
+def target_of(model: PreTrainedModel, config: TrainConfig) -> Target:
+    """What a resolved configuration tunes of the model.
+
+    Raises:
+        UserError: the model has no such part, or steps cannot be taken on it.
+    """
     lora = Lora(config.given_rank, config.seed) if config.method == "lora" else None
     target = Target(model, config.layers, config.part, lora, chosen_channels(config.channels))
     target.check_tunable()
