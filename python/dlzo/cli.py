@@ -57,7 +57,7 @@ app.add_typer(journal_app, name="journal")
 _DEFAULTS = TrainConfig("sst2")
 _NEXT = """What to try next:
   dlzo eval smollm2 --adapter {out} --task sst2 --data DIR    the tuned layer on your sentences
-  dlzo train smollm2 --task sst2 --data DIR --out mine        your own train, validation, test.jsonl
+  dlzo train smollm2 --task sst2 --data DIR --out mine --eps 1e-2    your own train.jsonl and so on
   dlzo probe MODEL --plot layers.png                          the dominant layer of another model"""
 
 _MODEL = typer.Argument(help="Folder, GGUF file, hub id, or 'smollm2'.")
