@@ -29,6 +29,19 @@ def backends() -> list[Backend]:
     return [*cpu, *(Backend(name, built[name], not why, why) for name, why in reasons.items())]
 
 
+def why_no_kernels(device: torch.device) -> str:
+    """Why noise, steps and statistics have no kernels on a device, in words; empty where they do.
+
+    On a GPU it settles which column runs.
+    """
+    if device.type == "cuda":
+        try:
+            _gpu.selected()
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
 def roundings(device: torch.device) -> str:
     """What the rounding of a forward on a device depends on, beside releases and threads."""
     if device.type == "cuda":

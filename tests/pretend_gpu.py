@@ -30,12 +30,14 @@ import dlzo_kernels.parameters as parameters
 import dlzo_kernels.step as step
 from dlzo.adapter import load_adapter
 from dlzo.config import TrainConfig
+from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.generation import generate
 from dlzo.probe import probe
 from dlzo.replay import replay
 from dlzo.sensitivity import sensitivity
 from dlzo.trainer import train
+from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._parts import Operand
 from runs import CONFIG, TOKENIZER, same, state, write_data
 from tiny import CONFIGS, tiny_model
@@ -187,6 +189,7 @@ def pretend() -> None:
     _Factories().__enter__()
     step.perturb_layer = low_rank.perturb_layer = _on_held(step.perturb_layer)
     masters.accumulate_layer = _on_held(masters.accumulate_layer)
+    _gpu._selected[:] = ["cuda"]
     parameters._check_parameter = lambda name, tensor: None  # it refuses subclasses
     torch.cuda.get_device_name = lambda device: "a GPU that is not there"
     gaussian = low_rank.gaussian
@@ -236,6 +239,24 @@ def check_families() -> None:
         check_training(SHORT, family)
 
 
+def check_that_kernels_are_asked_for() -> None:
+    """Where no column runs, that is told before there is a folder, and the model is as it was."""
+    chosen, _gpu._selected[:] = [*_gpu._selected], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_data(folder / "data")
+        for settings in ({"layer": None}, *METHODS.values()):
+            model = on_gpu()
+            try:
+                train(model, TOKENIZER, replace(SHORT, **settings), data, folder / "run")
+            except UserError as error:
+                assert "no kernels run on 'cuda:0' (no GPU column can run here" in str(error)
+            else:
+                raise AssertionError(f"a run begins with {settings}")
+            assert not (folder / "run").exists() and not hasattr(model, "peft_config")
+    _gpu._selected[:] = chosen
+
+
 def check_inference() -> None:
     """The probe, the sensitivity of layers and greedy answers are those of the CPU."""
     here, there = tiny_model(), on_gpu()
@@ -260,6 +281,7 @@ def check_inference() -> None:
 
 if __name__ == "__main__":
     pretend()
+    check_that_kernels_are_asked_for()
     check_methods()
     check_families()
     check_inference()

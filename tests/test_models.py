@@ -18,6 +18,7 @@ from transformers.utils import logging
 import dlzo.models
 from dlzo.errors import UserError
 from dlzo.models import (
+    check_kernels,
     decoder_layers,
     layer_parts,
     load_gguf,
@@ -25,6 +26,7 @@ from dlzo.models import (
     parse_device,
     parse_dtype,
 )
+from dlzo_kernels.ops import _gpu
 from tiny import CONFIGS, byte_tokenizer, random_model, tiny_model
 from tiny_gguf import write_gguf
 
@@ -183,6 +185,21 @@ def test_each_rank_takes_a_gpu_of_its_own(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", rank)
     assert parse_device(name) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("", r"no GPU column can run here \(cuda: none; triton: none\)"), ("cudda", "'cudda'")],
+)
+def test_a_gpu_without_kernels_is_told(
+    monkeypatch: pytest.MonkeyPatch, column: str, message: str
+) -> None:
+    monkeypatch.setattr(_gpu, "_selected", [])
+    monkeypatch.setattr(_gpu, "why_not", lambda column: "none")
+    monkeypatch.setenv("DLZO_GPU", column)
+    check_kernels(torch.device("cpu"))
+    with pytest.raises(UserError, match=rf"no kernels run on 'cuda:1' \(.*{message}"):
+        check_kernels(torch.device("cuda:1"))
 
 
 def test_folder_without_config(tmp_path: Path) -> None:

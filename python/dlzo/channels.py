@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from dlzo.activations import channel_maxima
 from dlzo.calibration import calibration_tokens
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers, layer_parts
+from dlzo.models import check_kernels, decoder_layers, layer_parts
 from dlzo.sites import find_sites
 
 
@@ -40,8 +40,9 @@ def outlier_channels(
         top: the share of all channels, rounded up to a whole number of them.
 
     Raises:
-        UserError: the activations are not finite.
+        UserError: the activations are not finite, or no kernels run on the model's GPU.
     """
+    check_kernels(model.device)
     maxima = channel_maxima(model, calibration_tokens(model, tokenizer), layers)
     if not maxima.isfinite().all():
         raise UserError(

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import check_peft_version
 
 from dlzo.errors import UserError
+from dlzo.models import check_kernels
 from dlzo.sampler import step_seed
 from dlzo_kernels import perturb_
 
@@ -70,11 +71,13 @@ class Adapters:
         matrices: A and B of each in turn, in the model's order.
 
     Raises:
-        UserError: the model has adapters, or the layers have no matrices that are known to PEFT.
+        UserError: the model has adapters, the layers have no matrices that are known to PEFT, or
+            no kernels run on its GPU.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[nn.Module], lora: Lora) -> None:
         refuse_adapters(model)
+        check_kernels(model.device)
         names = _projections(model, layers)
         self.settings: dict[str, Any] = {
             "peft_type": "LORA",

@@ -39,6 +39,7 @@ from transformers.utils import logging
 
 from dlzo.errors import UserError
 from dlzo.files import user_path
+from dlzo_kernels.backends import why_no_kernels
 
 DTYPES = {
     "float32": torch.float32,
@@ -94,6 +95,12 @@ def parse_device(name: str) -> torch.device:
     if index and number >= count:
         raise UserError(f"device is {name!r} and torch finds {count} GPUs: choose one from cuda:0")
     return torch.device("cuda", number % count)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises UserError where noise, steps and statistics have no kernels on a device."""
+    if reason := why_no_kernels(device):
+        raise UserError(f"no kernels run on {str(device)!r} ({reason}): mend that, or choose cpu")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

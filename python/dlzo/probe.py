@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.activations import Activations, Site, run
 from dlzo.calibration import LENGTHS, calibration_tokens
 from dlzo.decision import Decision, decide
+from dlzo.models import check_kernels
 from dlzo.sites import Sites, find_sites
 
 _HEADINGS: dict[Site, str] = {
@@ -231,9 +232,10 @@ def probe(
         The decision, the figures of each layer and site, and what other texts would decide.
 
     Raises:
-        UserError: no text has a token, the activations are not finite, or a layer does not run on
-            texts alone.
+        UserError: no text has a token, the activations are not finite, a layer does not run on
+            texts alone, or no kernels run on the model's GPU.
     """
+    check_kernels(model.device)
     encoded = calibration_tokens(model.eval(), tokenizer, texts)
     sites = find_sites(model)
     found = run(model, encoded, LENGTHS, sites)

@@ -17,7 +17,7 @@ from dlzo.channels import written_into
 from dlzo.config import PARTS
 from dlzo.errors import UserError
 from dlzo.lora import Adapters, Lora, refuse_adapters, take_out
-from dlzo.models import DTYPES, decoder_layers, hash_tensor, layer_parts
+from dlzo.models import DTYPES, check_kernels, decoder_layers, hash_tensor, layer_parts
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Target:
                 "nothing of what is tuned requires a gradient, so all of it is frozen: call "
                 "requires_grad_(True) on the model"
             )
+        for device in {parameter.device for parameter in tuned.values()}:
+            check_kernels(device)
         for name, parameter in tuned.items():
             if parameter.dtype not in DTYPES.values():
                 raise UserError(
