@@ -41,6 +41,7 @@ from dlzo.scoring.trial import Trial
 from dlzo.sites import find_sites
 from dlzo.tasks import Example, get_task, load_split
 from dlzo_kernels import LaunchError, rms_norm
+from dlzo_kernels.ops import _triton
 from plain import plain_scores
 from runs import TOKENIZER
 from tiny import CONFIGS, HYBRIDS, VOCABULARY, byte_tokenizer, random_model, tiny_model
@@ -418,6 +419,24 @@ def test_what_the_machine_raises_is_no_reason(error, monkeypatch):
 
     monkeypatch.setattr(attention, "tree_attention", failing)
     with pytest.raises(error, match="of the machine"):
+        Scorer(tiny_model(), byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("says", "error"),
+    [("device kernel image is invalid", LaunchError), ("out of memory", torch.OutOfMemoryError)],
+)
+def test_a_kernel_that_cannot_be_loaded_is_no_reason(says, error, monkeypatch):
+    def load(*_):
+        raise RuntimeError(f"Triton Error [CUDA]: {says}")
+
+    kernel = type("Kernel", (), {"__getitem__": load})()
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(_triton, "_compiled", lambda *_: kernel)
+    plan = _triton.Plan(None, 1, (), {})
+    launch = partial(_triton.launch, [plan], torch.device("cuda"))
+    monkeypatch.setattr(attention, "tree_attention", lambda *_, **__: launch())
+    with pytest.raises(error, match=says):
         Scorer(tiny_model(), byte_tokenizer())
 
 

@@ -68,26 +68,42 @@ def launch(plans: Iterable[Plan], device: torch.device) -> None:
 
     Raises:
         LaunchError: triton cannot compile or load one here.
+        OutOfMemoryError: the GPU has no memory left for one.
+        AcceleratorError: the GPU does not take one, because of an earlier one perhaps.
     """
     with torch.cuda.device(device):
         for plan in plans:
-            types = tuple(map(type_of, plan.arguments))
-            constants = tuple(plan.constants.items())
+            run = _loaded(plan, device)
             try:
-                kernel = _compiled(
-                    plan.kernel, types, constants, plan.num_warps, plan.exact, device
-                )
-                kernel[plan.grid, 1, 1](*plan.arguments, *plan.constants.values())
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise
-            # Compilers that fail and registers that do not suffice have nothing else in common.
-            except Exception as error:
-                if str(error).startswith("Triton Error [CUDA]"):  # of an earlier kernel, perhaps
+                run(*plan.arguments, *plan.constants.values())
+            except RuntimeError as error:
+                if not str(error).startswith("Triton Error ["):  # of CUDA, or of HIP
                     raise
-                raise LaunchError(
-                    f"Triton cannot compile or load a kernel here ({error}): mend its "
-                    "installation, or uninstall triton"
-                ) from error
+                kind = torch.OutOfMemoryError if _lacks_memory(error) else torch.AcceleratorError
+                raise kind(str(error)) from error
+
+
+def _loaded(plan: Plan, device: torch.device) -> Callable[..., None]:
+    """What launches a plan's kernel, which is on the current device."""
+    types, constants = tuple(map(type_of, plan.arguments)), tuple(plan.constants.items())
+    try:
+        kernel = _compiled(plan.kernel, types, constants, plan.num_warps, plan.exact, device)
+        return kernel[plan.grid, 1, 1]  # loaded by this, the first time
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    # Compilers that fail and registers that do not suffice have nothing else in common.
+    except Exception as error:
+        if _lacks_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise LaunchError(
+            f"Triton cannot compile or load a kernel here ({error}): mend its installation, or "
+            "uninstall triton"
+        ) from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether that is what a driver says, for which Triton has no kind of error."""
+    return "out of memory" in str(error)
 
 
 @functools.cache

@@ -79,8 +79,8 @@ def tree_attention(
         TypeError: dtypes differ, or are none of the three.
         NotImplementedError: there is no kernel for the device, or on a GPU for vectors of more than
             256 elements.
-        RuntimeError: a CUDA graph is captured; or, as a LaunchError, Triton cannot compile the
-            kernel here.
+        RuntimeError: a CUDA graph is captured; or, as a LaunchError, Triton cannot compile or load
+            the kernel here.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(

@@ -157,43 +157,69 @@ def test_an_assembler_that_fuses_packed_products_is_refused(monkeypatch):
             check(100)
 
 
-def launch_failing(monkeypatch, error):
-    """A launch where compiling raises this."""
+def launch_failing(monkeypatch, error, stage="compile"):
+    """A launch where compiling, loading or running a kernel raises this."""
 
-    def fail(*_):
-        raise error
+    def fail_at(name, result=None):
+        if name == stage:
+            raise error
+        return result
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return fail_at("load", lambda *_: fail_at("run"))
 
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(_triton, "_compiled", fail)
+    monkeypatch.setattr(_triton, "_compiled", lambda *_: fail_at("compile", Kernel()))
     _triton.launch([NOISE_PLANS["perturb_bfloat16_bfloat16"]], torch.device("cuda"))
 
 
+@pytest.mark.parametrize("stage", ["compile", "load"])
 @pytest.mark.parametrize(
     "error",
     [
         subprocess.CalledProcessError(1, "gcc"),
         OSError("no ptxas"),
         RuntimeError("Failed to find C compiler"),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
     ],
+    ids=str,
+)
+def test_a_toolchain_that_fails_is_told_as_one_kind_of_error(monkeypatch, error, stage):
+    with pytest.raises(LaunchError, match=r"Triton cannot compile or load a kernel here \("):
+        launch_failing(monkeypatch, error, stage)
+
+
+@pytest.mark.parametrize("stage", ["compile", "load", "run"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory left"), torch.AcceleratorError("an illegal memory access")],
     ids=lambda error: type(error).__name__,
 )
-def test_a_toolchain_that_fails_is_told_as_one_kind_of_error(monkeypatch, error):
-    with pytest.raises(LaunchError, match=r"Triton cannot compile or load a kernel here \("):
-        launch_failing(monkeypatch, error)
+def test_an_error_of_the_gpu_is_not_the_toolchains(monkeypatch, error, stage):
+    with pytest.raises(type(error)) as raised:
+        launch_failing(monkeypatch, error, stage)
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("stage", "says", "kind"),
     [
-        torch.OutOfMemoryError("no memory left"),
-        torch.AcceleratorError("an illegal memory access"),
-        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        ("load", "[CUDA]: out of memory", torch.OutOfMemoryError),
+        ("run", "[CUDA]: out of memory", torch.OutOfMemoryError),
+        ("run", "[CUDA]: an illegal memory access was encountered", torch.AcceleratorError),
+        ("run", "[HIP]:  Code: 700", torch.AcceleratorError),
     ],
-    ids=lambda error: type(error).__name__,
 )
-def test_an_error_of_the_gpu_is_not_the_toolchains(monkeypatch, error):
-    with pytest.raises(type(error)) as raised:
-        launch_failing(monkeypatch, error)
+def test_what_triton_says_of_the_gpu_is_told_as_torch_tells_it(monkeypatch, stage, says, kind):
+    with pytest.raises(kind, match=re.escape(says)):
+        launch_failing(monkeypatch, RuntimeError(f"Triton Error {says}"), stage)
+
+
+def test_other_errors_of_a_launch_are_left_as_they_are(monkeypatch):
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError) as raised:
+        launch_failing(monkeypatch, error, "run")
     assert raised.value is error
 
 
