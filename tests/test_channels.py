@@ -225,8 +225,8 @@ def test_another_base_journal_or_adapter_is_refused(data, tmp_path):
     for channels, says in (
         ([7, 22], "parameters differ"),
         ("all", "parameters differ"),
-        ("outlier", "invalid channels"),
-        ([7, "23"], "invalid channels"),
+        ("outlier", r"changed.zo' has the invalid setting channels = 'outlier': take"),
+        ([7, "23"], r"invalid setting channels = \[7, '23'\]: "),
         ([7, 99], "the model has 0 to 31"),
     ):
         path = tmp_path / "changed.zo"

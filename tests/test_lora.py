@@ -295,8 +295,8 @@ def test_another_base_or_journal_is_refused(data, tmp_path):
     for changes, says in (
         ({"seed": 8}, "base fingerprint"),
         ({"settings": settings | {"rank": 2}}, "parameters differ"),
-        ({"settings": settings | {"rank": "3"}}, "invalid rank"),
-        ({"settings": settings | {"rank": 1 << 20}}, "invalid rank"),
+        ({"settings": settings | {"rank": "3"}}, "'.*' has the invalid setting rank = '3': "),
+        ({"settings": settings | {"rank": 1 << 20}}, "invalid setting rank = 1048576"),
         ({"settings": settings | {"method": "dominant"}}, "parameters differ"),
     ):
         changed = with_header(journal, tmp_path / "changed.zo", **changes)

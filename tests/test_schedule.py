@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from statistics import stdev
 
@@ -121,7 +122,8 @@ def test_settings_of_a_stranger_are_checked(data, tmp_path, name, value):
     header = Reader(tmp_path / "out" / "journal.zo").header
     forged = replace(header, settings=header.settings | {name: value})
     create(tmp_path / "forged.zo", forged)
-    with pytest.raises(UserError, match=f"invalid {name}"):
+    says = f"journal '.*forged.zo' has the invalid setting {name} = {re.escape(repr(value))}:"
+    with pytest.raises(UserError, match=says):
         replay(tiny_model(), tmp_path / "forged.zo", tmp_path / "rebuilt")
 
 

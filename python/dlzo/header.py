@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dlzo.channels import chosen_channels
 from dlzo.config import TrainConfig
 from dlzo.errors import UserError
-from dlzo.journal import Reader, header_text
+from dlzo.journal import Reader, header_text, setting_error
 from dlzo.lora import Lora
 from dlzo.models import dtype_name
 from dlzo.records import Header, Parameter
@@ -98,11 +98,11 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
         UserError: it does not fit `model` as it is now.
     """
     header = reader.header
-    lora = Lora(rank_in(header), header.seed) if header.settings.get("method") == "lora" else None
+    lora = Lora(rank_in(reader), header.seed) if header.settings.get("method") == "lora" else None
     try:
         channels = chosen_channels(header.settings.get("channels", "all"))
     except ValueError as error:
-        raise UserError("the journal has invalid channels: do not use it") from error
+        raise setting_error(reader, "channels") from error
     try:
         part = header.settings.get("part", "all")
         target = Target(model, header.layers, part, lora, channels)

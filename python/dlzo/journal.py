@@ -183,6 +183,15 @@ def header_text(header: Header) -> bytes:
     return text
 
 
+def setting_error(reader: Reader, name: str) -> UserError:
+    """What is raised where a setting in a journal's header, which may be from anywhere, is bad."""
+    value = repr(reader.header.settings.get(name))[:60]
+    return UserError(
+        f"journal {str(reader.path)!r} has the invalid setting {name} = {value}: take a copy of "
+        "it, or use the dlzo that wrote it"
+    )
+
+
 def compact(source: Path, target: Path) -> None:
     """Writes a whole journal again, 13 bytes a step of one direction; its replay has the same bits.
 

@@ -61,7 +61,7 @@ def replay(
     """
     reader, until = check_replay(journal, out, until)
     folder = Path(out)
-    header, rule = reader.header, rule_in(reader.header)
+    header, rule = reader.header, rule_in(reader)
     target = fitting_target(reader, model)
     with ExitStack() as stack, target.undone_by_error():
         stack.callback(release, target.modules)  # masters take four bytes a weight

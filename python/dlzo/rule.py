@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from dlzo.config import MAX_RANK, TrainConfig, as_float
-from dlzo.errors import UserError
-from dlzo.records import Header, Step
+from dlzo.journal import Reader, setting_error
+from dlzo.records import Step
 from dlzo.sampler import step_seed
 from dlzo_kernels import LowRankStep, ZOStep, low_rank_replay, update_scales, zo_replay, zo_step
 from dlzo_kernels.parameters import Layer
@@ -82,34 +82,34 @@ def rule_of(config: TrainConfig) -> Rule:
     return Rule(config.seed, config.weight_decay)
 
 
-def rule_in(header: Header) -> Rule:
+def rule_in(reader: Reader) -> Rule:
     """The rule in a journal's header, which may be from anywhere.
 
     Raises:
         UserError: it is not valid.
     """
-    settings = header.settings
+    header, settings = reader.header, reader.header.settings
     weight_decay = settings.get("weight_decay", 0.0)
     is_number = isinstance(weight_decay, int | float)
     if not is_number or not 0 <= header.lr * as_float(weight_decay) < 1:
-        raise UserError("the journal has an invalid weight_decay: do not use it")
+        raise setting_error(reader, "weight_decay")
     if settings.get("method") != "lozo":
         return Rule(header.seed, weight_decay)
     interval = settings.get("interval")
     if type(interval) is not int or interval < 1:
-        raise UserError("the journal has an invalid interval: do not use it")
-    return Rule(header.seed, weight_decay, rank_in(header), interval)
+        raise setting_error(reader, "interval")
+    return Rule(header.seed, weight_decay, rank_in(reader), interval)
 
 
-def rank_in(header: Header) -> int:
+def rank_in(reader: Reader) -> int:
     """The rank in a journal's header, which may be from anywhere.
 
     Raises:
         UserError: it is not valid.
     """
-    rank = header.settings.get("rank")
+    rank = reader.header.settings.get("rank")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        raise UserError("the journal has an invalid rank: do not use it")
+        raise setting_error(reader, "rank")
     return rank
 
 
