@@ -588,6 +588,20 @@ def test_loss_sums_of_shares_add_up():
         assert [x + y for x, y in zip(a, b, strict=True)] == pytest.approx(whole, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "by"),
+    [
+        (torch.float32, "dlzo_kernels.tree_attention"),
+        (torch.float64, "torch, tree by tree: tree_attention does not take torch.float64"),
+    ],
+    ids=str,
+)
+def test_a_plan_says_by_what_attention_is(dtype, by):
+    scorer = Scorer(tiny_model(dtype=dtype), byte_tokenizer())
+    plan = scorer.plan(scorer.encode(EXAMPLES))
+    assert [note for note in plan.notes if "attention" in note] == [f"attention by {by}"]
+
+
 def test_rows_of_sixteen_bit_models_have_few_lengths():
     lengths = {}
     for dtype in (torch.float32, torch.bfloat16):

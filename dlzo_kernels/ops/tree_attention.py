@@ -99,11 +99,22 @@ def tree_attention(
     return torch.ops.dlzo.tree_attention(*arguments)
 
 
-def has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether tree_attention takes tensors of such devices, dtypes and sizes."""
-    longest = max(query.shape[-1], value.shape[-1])
-    on_gpu = value.is_cuda and not _gpu.why_no_triton() and longest <= _LONGEST_ON_GPU
-    return (value.is_cpu or on_gpu) and value.dtype in DTYPE_CODES
+def why_no_kernel(query: Tensor, value: Tensor) -> str:
+    """Why there is none for such devices, dtypes and sizes, in words; empty where there is one."""
+    if value.dtype not in DTYPE_CODES:
+        return f"tree_attention does not take {value.dtype}"
+    if value.is_cpu:
+        return ""
+    if not value.is_cuda:
+        return f"tree_attention has no kernel for {value.device.type}"
+    if reason := _gpu.why_no_triton():
+        return f"tree_attention is a Triton kernel on GPUs, and {reason}"
+    if max(query.shape[-1], value.shape[-1]) > _LONGEST_ON_GPU:
+        return (
+            f"vectors have {query.shape[-1]} and {value.shape[-1]} elements, and on GPUs "
+            f"tree_attention takes {_LONGEST_ON_GPU} at most"
+        )
+    return ""
 
 
 def _tree_attention(
@@ -133,14 +144,9 @@ def _tree_attention(
 
 
 def _launch(tensors: _Tensors, parents: Tensor, scale: float, window: int, softcap: float) -> None:
-    if reason := _gpu.why_no_triton():
-        raise NotImplementedError(f"tree_attention is a Triton kernel on GPUs, and {reason}")
     query, value = tensors[0], tensors[2]
-    if max(query.shape[-1], value.shape[-1]) > _LONGEST_ON_GPU:
-        raise NotImplementedError(
-            f"vectors have {query.shape[-1]} and {value.shape[-1]} elements, and on GPUs "
-            f"tree_attention takes {_LONGEST_ON_GPU} at most; use scaled_dot_product_attention"
-        )
+    if reason := why_no_kernel(query, value):
+        raise NotImplementedError(f"{reason}; use scaled_dot_product_attention")
     tile = tile_for(query, value)
     places, tile_count = walk(parents, tile)
     places = _gpu.to_device(places, query.device)

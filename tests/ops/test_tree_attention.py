@@ -7,9 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from bits import assert_same_bits
 from dlzo_kernels import tree_attention
+from dlzo_kernels.ops import _gpu
+from dlzo_kernels.ops.tree_attention import why_no_kernel
 from trees import assert_right, chain, inputs, tree
 
 # Kernels may multiply these in ways of their own: numbers one by one, and in pairs.
@@ -231,3 +234,18 @@ def test_inside_torch_compile():
     parents = torch.tensor(tree(9))
     compiled = torch.compile(lambda *x: tree_attention(*x, window=3) + 1, fullgraph=True)
     assert torch.equal(compiled(*parts, parents), tree_attention(*parts, parents, window=3) + 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "triton", "why"),
+    [
+        (256, "", ""),
+        (257, "", "vectors have 257 and 8 elements, and on GPUs tree_attention takes 256 at most"),
+        (8, "there is none", "tree_attention is a Triton kernel on GPUs, and there is none"),
+    ],
+)
+def test_why_there_is_no_kernel_on_a_gpu(monkeypatch, size, triton, why):
+    monkeypatch.setattr(_gpu, "why_no_triton", lambda: triton)
+    with FakeTensorMode():
+        query, value = (torch.empty(1, 1, 3, n, device="cuda") for n in (size, 8))
+    assert why_no_kernel(query, value) == why

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dlzo.scoring.layout import Tree
 from dlzo_kernels import tree_attention
-from dlzo_kernels.ops.tree_attention import has_kernel
+from dlzo_kernels.ops.tree_attention import why_no_kernel
 
 NAME = "dlzo_tree"
 # What an attention may be called with beyond this module's own parameters without another result.
@@ -36,24 +36,30 @@ class UnsupportedAttentionError(Exception):
 
 @dataclass(frozen=True)
 class _Row:
-    """Trees end to end, and of each token the place of the one before it."""
+    """Trees end to end, of each token the place of the one before it, and what is noted."""
 
     trees: Sequence[Tree]
     parents: Tensor
+    problems: set[str]
 
 
 _row: ContextVar[_Row] = ContextVar("row")
 
 
 @contextmanager
-def attend_within(model: PreTrainedModel, trees: Sequence[Tree]) -> Iterator[None]:
-    """Lets each attention of the model see a row of these trees, end to end, each by itself."""
+def attend_within(
+    model: PreTrainedModel, trees: Sequence[Tree], problems: set[str]
+) -> Iterator[None]:
+    """Lets each attention of the model see a row of these trees, end to end, each by itself.
+
+    Of each attention `problems` gets why it was not by tree_attention; "" where it was.
+    """
     found: dict[int, Any] = {
         id(m.config): m.config for m in model.modules() if hasattr(m, "config")
     }
     configs = found.values()
     before = [config._attn_implementation for config in configs]
-    token = _row.set(_Row(trees, _parents(trees)))
+    token = _row.set(_Row(trees, _parents(trees), problems))
     try:
         for config in configs:
             config._attn_implementation = NAME
@@ -102,7 +108,9 @@ def attention_within_trees(
         raise UnsupportedAttentionError("sliding_window")
     row = _row.get()
     terms: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap}
-    if has_kernel(query, value):
+    problem = why_no_kernel(query, value)
+    row.problems.add(problem)
+    if not problem:
         # Under autocast, what was rotated is in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         out = tree_attention(query, key, value, row.parents, **terms)

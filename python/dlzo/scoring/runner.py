@@ -43,6 +43,8 @@ class Runner:
         last_mlp: computed at the positions that are read, and left out elsewhere; None for none.
         below: layers passed by where the tuned layer's input is given, and what they give beside
             the hidden state.
+        attention_problems: why attentions within trees so far were not by tree_attention; with an
+            empty one where some were.
     """
 
     def __init__(self, model: PreTrainedModel, layer: nn.Module | None) -> None:
@@ -51,6 +53,7 @@ class Runner:
         self.norms: dict[nn.Module, float] = {}
         self.last_mlp: nn.Module | None = None
         self.below: dict[nn.Module, Beside | None] = {}
+        self.attention_problems: set[str] = set()
         self._head = model.get_output_embeddings()
         self._body = _body(model, self._head)
 
@@ -140,8 +143,10 @@ class Runner:
 
     def _forward(self, pack: Pack) -> Any:
         inputs = {name: tensor.to(self.model.device) for name, tensor in pack.inputs.items()}
-        trees = attend_within(self.model, pack.trees) if pack.trees is not None else nullcontext()
-        with trees, by_kernel(self.norms), fast_products(self.model):
+        within: AbstractContextManager[None] = nullcontext()
+        if pack.trees is not None:
+            within = attend_within(self.model, pack.trees, self.attention_problems)
+        with within, by_kernel(self.norms), fast_products(self.model):
             return self.model(**inputs, use_cache=False)
 
     def _head_at(

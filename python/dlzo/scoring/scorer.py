@@ -233,6 +233,9 @@ class Scorer:
     def _notes(self, cached: int) -> Iterator[str]:
         if self.trees_problem is None:
             yield "packed without padding, shared prefixes once"
+            for problem in sorted(self.runner.attention_problems):
+                by = f"torch, tree by tree: {problem}" if problem else "dlzo_kernels.tree_attention"
+                yield f"attention by {by}"
         else:
             yield f"padded on the right, nothing shared: {self.trees_problem}"
         if self.mlp_problem is None:
