@@ -138,7 +138,9 @@ def accumulate_layer(
     gate: Tensor | None = None,
     writes_out: bool = True,
 ) -> None:
-    """`accumulate_` for each tensor of a layer; on a GPU, all of one kind in one launch.
+    """`accumulate_` for each tensor of a layer.
+
+    On a GPU, those of one kind are in as few launches as their arguments hold.
 
     Args:
         operands: base is the master, out what receives it rounded.

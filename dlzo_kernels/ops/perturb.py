@@ -166,7 +166,10 @@ def _for_schema(
 def perturb_layer(
     operands: Sequence[Operand], seed: int | Tensor, scale: float | Tensor, query: int
 ) -> None:
-    """`perturb_into` for each tensor of a layer; on a GPU, all of one kind in one launch."""
+    """`perturb_into` for each tensor of a layer.
+
+    On a GPU, those of one kind are in as few launches as their arguments hold.
+    """
     for (device, out_dtype, base_dtype), alike in by_kind(operands).items():
         if device.type == "cpu":
             for operand in alike:
