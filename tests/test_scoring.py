@@ -545,7 +545,7 @@ def test_the_last_mlp_sees_the_scored_positions_only(family, dtype, layer_index)
 
 
 def test_padded_rows_of_several_states_side_by_side(monkeypatch):
-    monkeypatch.setattr(Trial, "_leak", lambda _: "padded rows are tested")
+    monkeypatch.setattr(Trial, "_leak_problem", lambda _: "padded rows are tested")
     model, tokenizer = tiny_model(), byte_tokenizer()
     layer = decoder_layers(model)[1]
     scorer = Scorer(model, tokenizer, layer, row_tokens=150)

@@ -118,8 +118,8 @@ def attention_within_trees(
     return _tree_by_tree(query, key, value, row.trees, **terms), None
 
 
-def hides_tokens(model: PreTrainedModel, names: Sequence[str], length: int) -> str | None:
-    """Which of these settings hides tokens of texts of some length; None if none does."""
+def hiding_setting(model: PreTrainedModel, names: Sequence[str], length: int) -> str | None:
+    """The first of these settings that hides tokens of such a text, in words; None if none does."""
     config = model.config.get_text_config(decoder=True)
     for name in names:
         most = getattr(config, name, None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, layer_parts, sharing_module
-from dlzo.scoring.attention import CHUNKS, WINDOWS, UnsupportedAttentionError, hides_tokens
+from dlzo.scoring.attention import CHUNKS, WINDOWS, UnsupportedAttentionError, hiding_setting
 from dlzo.scoring.encoding import EncodedExample, Option
 from dlzo.scoring.forward import Beside, State
 from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
@@ -68,19 +68,19 @@ class Trial:
         scorer, runner = self.scorer, self.scorer.runner
         side_by_side = plan_of(self.batch, _in_rows(self.texts))
         # What is not finite is told by what is scored.
-        if self.expected.isfinite().all() and self._problem(side_by_side) is not None:
+        if self.expected.isfinite().all() and self._score_problem(side_by_side) is not None:
             raise unsupported(self.model, "looks at the tokens after a position or at other rows")
         runner.norms = rms_norms(self.model)
-        if self._problem(self.plain) is not None:
+        if self._score_problem(self.plain) is not None:
             runner.norms = {}
-        scorer.mlp_problem = self._find_last_mlp()
+        scorer.mlp_problem = self._last_mlp_problem()
         scorer.trees_problem = (
-            hides_tokens(self.model, CHUNKS, scorer.max_length)
-            or self._problem(self._best())
-            or self._leak()
+            hiding_setting(self.model, CHUNKS, scorer.max_length)
+            or self._score_problem(self._best())
+            or self._leak_problem()
         )
         if scorer.layer is not None:
-            self._find_what_states_allow(cache)
+            self._set_state_shortcuts(cache)
 
     def _text(self, tokens: Iterable[int]) -> Tokens:
         """Ordinary tokens that the model has: one of letters may have few.
@@ -120,8 +120,8 @@ class Trial:
         """The plan of the texts by what is known to be allowed so far."""
         return plan_of(self.batch, self.scorer.lay_out(set(self.texts)))
 
-    def _problem(self, plan: Plan, states: Sequence[State] = ()) -> str | None:
-        """How the plan's scores differ from those expected, None if they do not."""
+    def _score_problem(self, plan: Plan, states: Sequence[State] = ()) -> str | None:
+        """Why the plan's scores are not those expected; None if they are."""
         try:
             found = self.scorer.scores(plan, states)
         except _LED_ASTRAY as error:
@@ -137,7 +137,7 @@ class Trial:
             raise error
         return f"{self.name} does not allow it ({error})"
 
-    def _find_last_mlp(self) -> str | None:
+    def _last_mlp_problem(self) -> str | None:
         """Why the last layer's MLP cannot be left out where nothing is read; None if it can."""
         try:
             last = decoder_layers(self.model)[-1]
@@ -147,7 +147,7 @@ class Trial:
         if len(names) > 1:
             return f"{type(last).__name__} has it in parts ({', '.join(names)})"
         self.scorer.runner.last_mlp = mlp = last.get_submodule(names[0])
-        problem = self._problem(self.plain)
+        problem = self._score_problem(self.plain)
         # In 16 bits what is seen of it elsewhere could pass for rounding.
         if problem is None and self._sees_elsewhere(mlp):
             problem = f"{type(last).__name__} mixes tokens after it"
@@ -165,8 +165,8 @@ class Trial:
         with mlp.register_forward_hook(fill):
             return not torch.equal(zeros, self.scorer.scores(self.plain))
 
-    def _leak(self) -> str | None:
-        """Whether a text's bits change with what lies beside it in a row, as if it were seen."""
+    def _leak_problem(self) -> str | None:
+        """Why texts cannot share a row, where one sees what lies beside it; None if they can."""
         # At the first place all that follow see it, at the last it is next to the second text.
         same = [self._text((token, *range(2, 12), token)) for token in (0, 1)]
         # Behind a text of another length, places in the row are not taken for positions; what then
@@ -198,8 +198,8 @@ class Trial:
             scores.append(self.scorer.scores(plan)[0, 0, 0])
         return (torch.stack(scores) - scores[0]).abs().max().item()
 
-    def _find_what_states_allow(self, cache: PrefixCache | None) -> None:
-        """Whether states run side by side, and over an input that is given."""
+    def _set_state_shortcuts(self, cache: PrefixCache | None) -> None:
+        """Lets states run side by side, and over an input that is given, or tells why not."""
         scorer, tuned = self.scorer, self.scorer.layers
         if (name := sharing_module(self.model, tuned)) is not None:
             # A state would change more of the model than the tuned layers.
@@ -209,20 +209,20 @@ class Trial:
         if len(tuned) > 1:
             scorer.states_problem = f"{len(tuned)} layers are tuned"
         else:
-            scorer.states_problem = self._problem(self._best(), (nullcontext, nullcontext))
+            scorer.states_problem = self._score_problem(self._best(), (nullcontext, nullcontext))
             if scorer.trees_problem is not None and scorer.states_problem is None:
                 # The model's mask has the rows of one state; short texts have none.
                 names = WINDOWS + CHUNKS
-                scorer.states_problem = hides_tokens(self.model, names, scorer.max_length)
+                scorer.states_problem = hiding_setting(self.model, names, scorer.max_length)
         if cache is not None or scorer.states_problem is not None:
-            problem = self._find_whether_it_takes_an_input()
+            problem = self._input_problem()
             scorer.takes_input = problem is None
             scorer.cache = None
             if cache is not None:
-                scorer.cache_problem = problem or self._find_what_hides_writes()
+                scorer.cache_problem = problem or self._write_problem()
                 scorer.cache = cache if scorer.cache_problem is None else None
 
-    def _find_whether_it_takes_an_input(self) -> str | None:
+    def _input_problem(self) -> str | None:
         """Why the tuned layer's input cannot be given, as from a cache; None if it can."""
         layers = list(decoder_layers(self.model))
         lowest = self.scorer.layer
@@ -243,10 +243,10 @@ class Trial:
             self.scorer.cache_prefixes(self.batch)
         except _LED_ASTRAY as error:
             return self._refusal(error)
-        return self._problem(best, (nullcontext,))
+        return self._score_problem(best, (nullcontext,))
 
-    def _find_what_hides_writes(self) -> str | None:
-        """Which weight below the tuned layer could be written unseen; None if none could."""
+    def _write_problem(self) -> str | None:
+        """Why a weight below the tuned layer could be written unseen; None if none could."""
         assert self.scorer.frozen is not None  # or nothing could be given
         hidden = self.scorer.frozen.untracked()
         if hidden is None:
