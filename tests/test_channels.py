@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dlzo.activations import outlier_channels
 from dlzo.adapter import load_adapter, read_config
 from dlzo.calibration import calibration_tokens
-from dlzo.channels import outlier_channels
 from dlzo.errors import UserError
 from dlzo.export import export
 from dlzo.journal import Reader
@@ -69,7 +69,7 @@ def test_outliers_are_the_channels_of_the_largest_activations(layers):
 
 
 def test_seven_percent_of_100_are_7(monkeypatch):
-    monkeypatch.setattr("dlzo.channels.channel_maxima", lambda *_: torch.arange(100.0))
+    monkeypatch.setattr("dlzo.activations.channel_maxima", lambda *_: torch.arange(100.0))
     assert outlier_channels(tiny_model(), TOKENIZER, [], 0.07) == list(range(93, 100))
 
 

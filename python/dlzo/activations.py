@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.models import decoder_layers
+from dlzo.calibration import calibration_tokens
+from dlzo.errors import UserError
+from dlzo.models import check_kernels, decoder_layers
 from dlzo.sites import Sites, forward, hidden_state
 from dlzo_kernels import activation_stats
 
@@ -107,7 +111,7 @@ class Activations:
 
 
 @torch.inference_mode()
-def run(
+def measure(
     model: PreTrainedModel,
     encoded: Sequence[Sequence[int]],
     lengths: Sequence[int],
@@ -134,6 +138,35 @@ def run(
                     stack.enter_context(module.register_forward_hook(hook))
             forward(model, tokens)
     return found
+
+
+def outlier_channels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[nn.Module],
+    top: float,
+) -> list[int]:
+    """The channels with the largest outliers, by number.
+
+    Args:
+        model: a decoder-only model in eval mode.
+        tokenizer: its tokenizer.
+        layers: the decoder layers whose outputs are measured.
+        top: the share of all channels, rounded up to a whole number of them.
+
+    Raises:
+        UserError: the activations are not finite, or no kernels run on the model's GPU.
+    """
+    check_kernels(model.device)
+    maxima = channel_maxima(model, calibration_tokens(model, tokenizer), layers)
+    if not maxima.isfinite().all():
+        raise UserError(
+            "the output of a tuned layer is not finite: load the model in bfloat16 or float32, and "
+            "check its weights"
+        )
+    # As a float, 0.07 of 100 is a little more than 7.
+    count = math.ceil(Fraction(str(top)) * len(maxima))
+    return sorted(maxima.argsort(descending=True, stable=True)[:count].tolist())
 
 
 @torch.inference_mode()

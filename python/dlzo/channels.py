@@ -9,49 +9,16 @@ row of the attention's output projection and of the MLP's down projection, and o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dlzo.activations import channel_maxima
-from dlzo.calibration import calibration_tokens
 from dlzo.errors import UserError
-from dlzo.models import check_kernels, decoder_layers, layer_parts
+from dlzo.models import decoder_layers, layer_parts
 from dlzo.sites import find_sites
-
-
-def outlier_channels(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layers: Sequence[nn.Module],
-    top: float,
-) -> list[int]:
-    """The channels with the largest outliers, by number.
-
-    Args:
-        model: a decoder-only model in eval mode.
-        tokenizer: its tokenizer.
-        layers: the decoder layers whose outputs are measured.
-        top: the share of all channels, rounded up to a whole number of them.
-
-    Raises:
-        UserError: the activations are not finite, or no kernels run on the model's GPU.
-    """
-    check_kernels(model.device)
-    maxima = channel_maxima(model, calibration_tokens(model, tokenizer), layers)
-    if not maxima.isfinite().all():
-        raise UserError(
-            "the output of a tuned layer is not finite: load the model in bfloat16 or float32, and "
-            "check its weights"
-        )
-    # As a float, 0.07 of 100 is a little more than 7.
-    count = math.ceil(Fraction(str(top)) * len(maxima))
-    return sorted(maxima.argsort(descending=True, stable=True)[:count].tolist())
 
 
 def chosen_channels(setting: object) -> tuple[int, ...]:

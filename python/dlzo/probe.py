@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.activations import Activations, Site, run
+from dlzo.activations import Activations, Site, measure
 from dlzo.calibration import LENGTHS, calibration_tokens
 from dlzo.decision import Decision, decide
 from dlzo.models import check_kernels
@@ -238,7 +238,7 @@ def probe(
     check_kernels(model.device)
     encoded = calibration_tokens(model.eval(), tokenizer, texts)
     sites = find_sites(model)
-    found = run(model, encoded, LENGTHS, sites)
+    found = measure(model, encoded, LENGTHS, sites)
     absmax, kurtosis = found.profile(LENGTHS[-1])
     decision = decide(absmax, kurtosis)
     jumps = [None, *(after / before for before, after in pairwise(absmax))]
@@ -320,6 +320,6 @@ def _variations(
     changed = [ids[1:] if starts else [bos, *ids] for ids in encoded]
     changed = [ids[:length] for ids in changed if ids]
     if changed:
-        outputs = run(model, changed, [length])
+        outputs = measure(model, changed, [length])
         name = f"first {length} tokens, {'without' if starts else 'with'} start token"
         yield name, decide(*outputs.profile(length))

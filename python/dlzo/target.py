@@ -138,14 +138,14 @@ class Target:
         return [parameter.detach().clone() for parameter in self.parameters.values()]
 
     @torch.no_grad()
-    def keep(self, weights: Iterable[torch.Tensor]) -> None:
-        """Makes a copy that of the weights as they are now."""
+    def copy_to(self, weights: Iterable[torch.Tensor]) -> None:
+        """Copies the weights into `weights`."""
         for parameter, kept in zip(self.parameters.values(), weights, strict=True):
             kept.copy_(parameter)
 
     @torch.no_grad()
     def restore(self, weights: Iterable[torch.Tensor]) -> None:
-        """Makes the weights those of a copy."""
+        """Copies `weights` back."""
         for parameter, kept in zip(self.parameters.values(), weights, strict=True):
             parameter.copy_(kept)
 

@@ -20,8 +20,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
+from dlzo.activations import outlier_channels
 from dlzo.adapter import save_adapter
-from dlzo.channels import chosen_channels, outlier_channels
+from dlzo.channels import chosen_channels
 from dlzo.config import TrainConfig, parse_config
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation, judge, score
@@ -363,9 +364,9 @@ class _Run:
     def _keep_as_best(self) -> None:
         """Keeps the weights as they are now, in memory and as the adapter in the folder."""
         try:
-            self.target.keep(self.best_weights)
+            self.target.copy_to(self.best_weights)
         except BaseException:  # half copied, they would be those of no step
-            self.target.keep(self.best_weights)
+            self.target.copy_to(self.best_weights)
             raise
         if distributed.rank() != 0:
             return
