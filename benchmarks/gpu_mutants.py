@@ -26,10 +26,10 @@ from dlzo_kernels.ops._parts import Directions, Operand
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # where the simulator lies
 from bits import assert_same_bits, reference_perturb, weights  # noqa: E402
+from noise_edges import SCALE, cancelled  # noqa: E402
 from ptx.compile import CSRC, nvcc_ptx  # noqa: E402
 from ptx.device import Device, operand_of  # noqa: E402
 from ptx.mutate import Mutant, mutants, run_mutants  # noqa: E402
-from telling import SCALE, cancelled  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_mutants.json"
 BLOCK = 8192  # elements of a block of threads

@@ -118,10 +118,10 @@ def test_more_steps_bear_a_smaller_rate(data):
         ({-4: 4, -3: 2, -2: 9, -1: 9, 0: float("inf")}, -3 - 1 / 10, [-4, -3, -2, -1, 0]),
     ],
 )
-def test_climbs_to_the_lowest_loss(losses, expected, tried):
-    found = learning_rate._climb(losses.__getitem__, bar=5)
+def test_the_lowest_loss_is_bracketed(losses, expected, tried):
+    found = learning_rate._bracket(losses.__getitem__, threshold=5)
     assert sorted(found) == tried
-    assert learning_rate._lowest(found, untuned=5) == pytest.approx(expected)
+    assert learning_rate._parabola_minimum(found, untuned=5) == pytest.approx(expected)
 
 
 def test_a_run_keeps_the_number_that_was_found(data, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bits import bits, reference_perturb
 from dlzo_kernels import NOISE_VERSION, reference
-from telling import PLACES, SCALE, WORDS, cancelled
+from noise_edges import PLACES, SCALE, WORDS, cancelled
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "noise_v1.json").read_text())
 

@@ -102,8 +102,7 @@ def probe_command(
         console.print(table)
     for sentence in report.missing:
         say(sentence)
-    if json_file is not None:
-        _write_json(json_file, report.to_json())
+    _write_json(json_file, report.to_json())
     if plot is not None:
         from dlzo.plots import plot_probe  # matplotlib is slow to import
 
@@ -151,8 +150,7 @@ def sensitivity_command(
             on_layer=lambda _: bar.advance(progress),
         )
     console.print(report.table())
-    if json_file is not None:
-        _write_json(json_file, report.to_json())
+    _write_json(json_file, report.to_json())
     if plot is not None:
         from dlzo.plots import plot_sensitivity
 
@@ -329,8 +327,7 @@ def eval_command(
     loaded, tokenizer = _load(model, adapter, dtype, device)
     found = evaluate(loaded, tokenizer, task, folder, cast(Split, split))
     console.print_json(json.dumps(found))
-    if json_file is not None:
-        _write_json(json_file, found)
+    _write_json(json_file, found)
 
 
 @app.command("lm-eval")
@@ -355,8 +352,7 @@ def lm_eval_command(
     from lm_eval.utils import make_table
 
     say(make_table(found))
-    if json_file is not None:
-        _write_json(json_file, lm_eval_report(found))
+    _write_json(json_file, lm_eval_report(found))
 
 
 @app.command("demo")
@@ -539,11 +535,11 @@ def _resume(out: Path, device: str | None) -> Metrics:
 @contextmanager
 def _resumable(out: Path, *, begun: bool = False) -> Iterator[None]:
     """Says, where a run is interrupted, how it goes on; an earlier run in `out` is another."""
-    earlier = None if begun else _identity(out / JOURNAL_FILE)
+    earlier = None if begun else _inode(out / JOURNAL_FILE)
     try:
         yield
     except KeyboardInterrupt:
-        if _identity(out / JOURNAL_FILE) in (None, earlier):
+        if _inode(out / JOURNAL_FILE) in (None, earlier):
             raise
         has_weights = (out / WEIGHTS_FILE).exists()
         kept = f"the best weights so far are in {out}; " if has_weights else ""
@@ -551,7 +547,7 @@ def _resumable(out: Path, *, begun: bool = False) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _inode(path: Path) -> tuple[int, int] | None:
     """Of a file, that no later one has: an inode may come back."""
     if not path.exists():
         return None
@@ -581,7 +577,9 @@ def _parse_lr(text: str) -> float | Literal["auto"]:
         raise UserError(f"lr is {text!r}: give a number, such as 3e-4, or 'auto'") from None
 
 
-def _write_json(path: Path, value: object) -> None:
+def _write_json(path: Path | None, value: object) -> None:
+    if path is None:
+        return
     text = json.dumps(value, indent=2) + "\n"
     try:
         replace_text(path, text)

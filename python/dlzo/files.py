@@ -20,7 +20,7 @@ PARTIAL = re.compile(r"\..+\.partial-\d+")  # names of what is not whole yet
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a sibling of `path`, and puts it, on the disk, in the place of `path`.
 
-    It may be read by whoever may read other new files: safetensors' own are private.
+    The file gets the mode of any new file; safetensors makes private ones.
 
     Raises:
         OSError: it cannot be written; `path` is as it was.

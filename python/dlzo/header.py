@@ -1,4 +1,4 @@
-"""What a journal's header says of the run and the model it belongs to, and if they are there."""
+"""What a journal's header says of its run and model, and whether a given run or model is that."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from dlzo_kernels import update_scales
 STEPS = 32  # of a trial, at most
 EXAMPLES = 128  # on which the losses are compared
 _LEAST_GAIN = 1e-3  # of the untuned loss; less may be rounding
-_BORNE = 2  # times as many steps bear the rate of a trial
+_RUN_STEPS_PER_TRIAL_STEP = 2  # that bear the rate of a trial as it is
 _FACTOR = 4.0
 _MOST_TRIALS = 12
 # Trials begin where the first steps would add so much to a weight, root mean square.
@@ -67,17 +67,17 @@ def find_lr(
     untuned, move = trials.loss(), trials.first_move()
     if not (math.isfinite(untuned + move) and move > 0):
         raise UserError("lr is 'auto' and losses are equal or not finite: give a number as --lr")
-    start, bar = _FIRST_MOVE / move, untuned * (1 - _LEAST_GAIN)
-    losses = _climb(lambda power: trials.loss_after(start * _FACTOR**power), bar)
+    start, threshold = _FIRST_MOVE / move, untuned * (1 - _LEAST_GAIN)
+    losses = _bracket(lambda power: trials.loss_after(start * _FACTOR**power), threshold)
     best = min(losses, key=losses.__getitem__)
-    if losses[best] >= bar or not {best - 1, best + 1} <= losses.keys():
+    if losses[best] >= threshold or not {best - 1, best + 1} <= losses.keys():
         raise UserError(
             f"lr is 'auto' and with none tried the loss falls {_LEAST_GAIN:.1%} below "
             f"{untuned:.4f} and rises on either side: give a number as --lr, or tune another layer"
         )
-    lr = start * _FACTOR ** _lowest(losses, untuned)
-    if config.steps > _BORNE * trials.steps:
-        lr *= math.sqrt(_BORNE * trials.steps / config.steps)
+    lr = start * _FACTOR ** _parabola_minimum(losses, untuned)
+    if config.steps > _RUN_STEPS_PER_TRIAL_STEP * trials.steps:
+        lr *= math.sqrt(_RUN_STEPS_PER_TRIAL_STEP * trials.steps / config.steps)
     tried = {start * _FACTOR**power: loss for power, loss in sorted(losses.items())}
     return float(f"{lr:.2g}"), {0.0: untuned, **tried}
 
@@ -145,16 +145,16 @@ class _Trials:
             )
 
 
-def _climb(trial: Callable[[int], float], bar: float) -> dict[int, float]:
+def _bracket(trial: Callable[[int], float], threshold: float) -> dict[int, float]:
     """Losses by powers of the factor, such that the best power has a worse one on either side.
 
-    Only a loss below the bar helps.
+    Only a loss below the threshold helps.
     """
     losses = {0: trial(0)}
     while len(losses) < _MOST_TRIALS:
         best = min(losses, key=losses.__getitem__)
         # Where nothing helps, the rates are too large.
-        wanted = (best + 1, best - 1) if losses[best] < bar else (min(losses) - 1,)
+        wanted = (best + 1, best - 1) if losses[best] < threshold else (min(losses) - 1,)
         power = next((power for power in wanted if power not in losses), None)
         if power is None:
             break
@@ -162,7 +162,7 @@ def _climb(trial: Callable[[int], float], bar: float) -> dict[int, float]:
     return losses
 
 
-def _lowest(losses: dict[int, float], untuned: float) -> float:
+def _parabola_minimum(losses: dict[int, float], untuned: float) -> float:
     """Where a parabola through the lowest loss and its neighbours is lowest.
 
     How far above the untuned loss a rate explodes says nothing of where the lowest one is.

@@ -123,7 +123,7 @@ class Progress:
 
 
 def known(found: T | None) -> T:
-    """What the records of a run say by now: it makes no step, and has no end, before they do."""
+    """A value that is certainly recorded by now."""
     assert found is not None
     return found
 

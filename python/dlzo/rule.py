@@ -1,4 +1,4 @@
-"""How the weights move: along which directions, and by what of a step's record."""
+"""How a step's record moves the weights: along which directions and how far."""
 
 from __future__ import annotations
 

@@ -63,7 +63,10 @@ def find_sites(model: PreTrainedModel) -> list[Sites]:
 
 
 def check_reached(model: PreTrainedModel, seen: Sequence[Sized]) -> None:
-    """Raises UserError unless a forward over texts came by all layers, of which it saw these."""
+    """Raises UserError that names the layers a forward did not run.
+
+    `seen` has what each layer recorded.
+    """
     if missed := [index for index, of_layer in enumerate(seen) if not of_layer]:
         raise UserError(
             f"{type(model).__name__} does not run layers {missed} on a text alone: its layers "
@@ -95,7 +98,7 @@ def forward(model: PreTrainedModel, tokens: Tensor) -> None:
     """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens).
 
     Raises:
-        UserError: that has written to the weights, as where RWKV halves those of its upper layers.
+        UserError: the forward wrote to the weights, as where RWKV halves those of its upper layers.
             What is tuned of such a model would fit no other copy of it.
     """
     weights = [weight for weight in model.parameters() if not weight.is_inference()]

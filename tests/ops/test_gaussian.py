@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bits import assert_same_bits, bits, reference_perturb, store
 from dlzo_kernels import gaussian, reference
-from telling import PLACES
+from noise_edges import PLACES
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "noise_v1.json").read_text())
 PER_ISA = settings(

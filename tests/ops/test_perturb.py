@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bits import VIEWS, assert_same_bits, reference_perturb, weights
 from dlzo_kernels import perturb_, perturb_into
-from telling import SCALE, cancelled
+from noise_edges import SCALE, cancelled
 
 PER_ISA = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

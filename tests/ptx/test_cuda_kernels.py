@@ -14,11 +14,11 @@ from dlzo_kernels import _C
 from dlzo_kernels.ops._common import DTYPE_CODES
 from dlzo_kernels.ops._parts import Directions, Operand, Part
 from gpu_stats import samples, stats
+from noise_edges import PLACES, SCALE, cancelled
 from ptx.compile import missing
 from ptx.device import SEED, Device, normals, operand_of
 from ptx.mutate import run_mutants
 from scripts import load_benchmark
-from telling import PLACES, SCALE, cancelled
 
 pytestmark = pytest.mark.skipif(missing("nvcc") is not None, reason=str(missing("nvcc")))
 ARCHITECTURES = (80, 90, 120)

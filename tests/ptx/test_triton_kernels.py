@@ -23,7 +23,7 @@ from torch import Tensor
 from bits import PAIRS, VIEWS, assert_same_bits, reference_perturb, to_float32, weights
 from dlzo_kernels.ops._parts import Directions, Operand
 from gpu_stats import Stats, samples, stats
-from telling import SCALE, cancelled
+from noise_edges import SCALE, cancelled
 from trees import chain, inputs
 
 pytest.importorskip("triton")

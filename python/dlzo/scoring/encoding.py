@@ -63,7 +63,7 @@ def encode(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError if there would be a token behind each option or prompt."""
+    """Raises UserError if the tokenizer appends a token, such as EOS, to every text."""
     tokens = tokenizer("a").input_ids
     bare = tokenizer("a", add_special_tokens=False).input_ids
     # Where "a" has no token nothing can be told.

@@ -1,4 +1,4 @@
-"""A model's forward, led past what is known and stopped at what is asked for."""
+"""Context managers that replace a module's forward: skip, stop, repeat, run at some positions."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def under_states(
 def only_at(
     module: nn.Module, rows: int, row: Tensor, column: Tensor, multiple_of: int
 ) -> AbstractContextManager[None]:
-    """Makes `module`, which maps each position by itself, compute some, and give zeros elsewhere.
+    """Makes a position-wise `module` compute the given positions only, with zeros elsewhere.
 
     Args:
         module: maps tensors of shape (states * rows, length, hidden size) to one such tensor.

@@ -140,9 +140,9 @@ class FrozenWeights:
         self._fingerprint = ""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, the configuration and what rounds.
+        """SHA-256 of the weights, the configuration and all that rounding depends on.
 
-        That is the device with its instruction sets, the number of threads and the releases.
+        That is the device, its instruction sets, the number of threads and the releases.
 
         It is computed anew when a weight has been written by an operation or replaced; writing
         through `Tensor.data` goes unseen, as in autograd.
