@@ -17,6 +17,7 @@ from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
 from dlzo.journal import Reader, Writer, create
 from dlzo.records import Event, Step
+from dlzo.replay import replay
 from dlzo.scoring import PrefixCache, scorer
 from dlzo.scoring.runner import Runner
 from dlzo.sensitivity import sensitivity
@@ -539,7 +540,7 @@ def test_another_release_or_place_of_the_model_goes_on(data, tmp_path, changes):
     assert resume(tiny_model(), TOKENIZER, out)["final"]["step"] == SHORT.steps
 
 
-def test_a_model_in_use_is_not_resumed_or_measured(data, tmp_path):
+def test_a_model_in_use_is_not_resumed_measured_or_moved(data, tmp_path):
     out, model, errors = tmp_path / "out", tiny_model(), []
     with pytest.raises(KeyboardInterrupt):
         train(tiny_model(), TOKENIZER, SHORT, data, out, on_progress=stopping_at(1))
@@ -551,13 +552,15 @@ def test_a_model_in_use_is_not_resumed_or_measured(data, tmp_path):
                 lambda: sensitivity(
                     *(model, TOKENIZER, "sst2", data), layers=[1], seeds=2, batches=2, batch_size=2
                 ),
+                lambda: load_adapter(model, out),
+                lambda: replay(model, out / "journal.zo", tmp_path / "rebuilt"),
             ):
                 with pytest.raises(UserError, match="the model is in use") as error:
                     use()
                 errors.append(error)
 
     train(model, TOKENIZER, SHORT, data, tmp_path / "other", on_progress=on_progress)
-    assert len(errors) == 2
+    assert len(errors) == 4
 
 
 def test_what_a_kill_left_half_written_is_gone_when_the_run_goes_on(data, tmp_path):

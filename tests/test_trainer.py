@@ -15,10 +15,12 @@ from dlzo.adapter import load_adapter
 from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.evaluation import evaluate
+from dlzo.export import export
 from dlzo.models import decoder_layers
 from dlzo.plots import plot_history
 from dlzo.replay import replay
 from dlzo.sampler import batch_indices, step_seed
+from dlzo.sensitivity import sensitivity
 from dlzo.trainer import resume, train
 from dlzo_kernels import masters
 from dlzo_kernels.parameters import storages
@@ -282,10 +284,20 @@ def test_another_method_has_its_rate_when_asked():
 
 def test_a_home_folder_may_be_left_out(data, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     metrics = train(tiny_model(), TOKENIZER, replace(SHORT, steps=1), "~/data", "~/out")
     assert resume(tiny_model(), TOKENIZER, "~/out") == metrics
     settings = json.loads((tmp_path / "out" / "run.json").read_text())
     assert settings["data"] == str(data)
+    assert evaluate(tiny_model(), TOKENIZER, "sst2", "~/data") == metrics["zero_shot"]
+    few = {"layers": [1], "seeds": 2, "batches": 2, "batch_size": 2}
+    sensitivity(tiny_model(), TOKENIZER, "sst2", "~/data", **few)
+    replay(tiny_model(), "~/out/journal.zo", "~/rebuilt")
+    export("~/out", "~/exported")
+    for name in ("rebuilt", "exported"):
+        assert load_adapter(tiny_model(), tmp_path / name)["step"] in (0, 1)
+    assert not any((tmp_path / "here").iterdir())
 
 
 def test_paths_are_texts(tmp_path):

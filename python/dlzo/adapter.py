@@ -29,7 +29,7 @@ from dlzo.config import MAX_RANK
 from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file, replace_text, user_path
 from dlzo.lora import NAME, Lora
-from dlzo.models import HUB_TIMEOUT_S, dtype_name
+from dlzo.models import HUB_TIMEOUT_S, dtype_name, sole_use
 from dlzo.target import Target, weights_fingerprint
 
 _log = logging.getLogger("dlzo")
@@ -98,20 +98,21 @@ def load_adapter(model: PreTrainedModel, path_or_hub_id: str | Path) -> dict[str
         path_or_hub_id: folder that holds the adapter, or its OWNER/NAME on the Hugging Face hub.
 
     Raises:
-        UserError: the adapter is missing, damaged or made of other weights; the model is left as
-            it was.
+        UserError: the adapter is missing, damaged or made of other weights, or the model is in
+            training; it is left as it was.
     """
     path = _find(path_or_hub_id)
     config, tensors = _read(path)
     _check_dtype(path, config, model.dtype)
-    target = _target(path, config, model)
-    parameters = _parameters(target)
-    with target.undone_by_error():
-        _check_tensors(path, tensors, parameters)
-        _check_base(path, config, target)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    with sole_use(model):
+        target = _target(path, config, model)
+        parameters = _parameters(target)
+        with target.undone_by_error():
+            _check_tensors(path, tensors, parameters)
+            _check_base(path, config, target)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
     return config
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from dlzo.adapter import PEFT_FILE, WEIGHTS_FILE, load_adapter, read_config
 from dlzo.errors import UserError
-from dlzo.files import new_folder
+from dlzo.files import new_folder, user_path
 from dlzo.lora import take_out
 from dlzo.models import load_model, parse_dtype, quiet_transformers
 from dlzo.run import JOURNAL_FILE, read_metrics, read_settings
@@ -76,7 +76,7 @@ def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
         UserError: the form is not known, the folder holds no run or no adapter, or `out` exists or
             cannot be written.
     """
-    run, out = Path(run), Path(out)
+    run, out = user_path(run), user_path(out)
     if form not in get_args(Form):
         raise UserError(f"form {form!r} is not known: choose one of {', '.join(get_args(Form))}")
     if out.exists():

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from dlzo.adapter import WEIGHTS_FILE, save_adapter
 from dlzo.errors import UserError
+from dlzo.files import user_path
 from dlzo.header import adapter_info, fitting_target
 from dlzo.journal import Reader
+from dlzo.models import sole_use
 from dlzo.rule import rule_in
 from dlzo_kernels import release
 
@@ -27,8 +29,8 @@ def check_replay(
     Raises:
         UserError: there is no such journal or step, or `out` holds an adapter.
     """
-    reader = Reader(Path(journal))
-    if (Path(out) / WEIGHTS_FILE).exists():
+    reader = Reader(user_path(journal))
+    if (user_path(out) / WEIGHTS_FILE).exists():
         raise UserError(f"{str(out)!r} holds an adapter: choose another folder")
     for _ in reader:
         pass
@@ -56,14 +58,14 @@ def replay(
 
     Raises:
         UserError: the journal is of another model, layer, dtype or noise version, or has not so
-            many steps, or `out` holds an adapter or cannot be made: model and files are as they
-            were; or the disk is full at the end.
+            many steps, `out` holds an adapter or cannot be made, or the model is in training: model
+            and files are as they were; or the disk is full at the end.
     """
     reader, until = check_replay(journal, out, until)
-    folder = Path(out)
+    folder = user_path(out)
     header, rule = reader.header, rule_in(reader)
-    target = fitting_target(reader, model)
-    with ExitStack() as stack, target.undone_by_error():
+    with sole_use(model), ExitStack() as stack:
+        target = stack.enter_context(fitting_target(reader, model).undone_by_error())
         stack.callback(release, target.modules)  # masters take four bytes a weight
         try:
             folder.mkdir(parents=True, exist_ok=True)  # fails, if at all, before a weight moves

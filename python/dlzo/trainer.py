@@ -115,7 +115,6 @@ def train(
     """
     started = time.perf_counter()
     out = user_path(out).resolve()
-    data_dir = user_path(data_dir)
     distributed.from_first_rank(lambda: check_free(out, overwrite))
     check_cache(config.prefix_cache_dir, out)
     with sole_use(model):
@@ -137,7 +136,7 @@ def train(
                     "model": absolute_name(model.name_or_path or ""),
                     "dtype": dtype_name(model.dtype),
                     "device": _device_name(model),
-                    "data": str(data_dir.resolve()),
+                    "data": str(user_path(data_dir).resolve()),
                     "config": asdict(config),
                 }
                 distributed.from_first_rank(

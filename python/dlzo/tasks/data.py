@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dlzo.errors import UserError
-from dlzo.files import read_text
+from dlzo.files import read_text, user_path
 from dlzo.tasks.task import Example, Field, Task, value_of
 
 Split = Literal["train", "validation", "test"]
@@ -25,8 +25,9 @@ def load_split(task: Task, data_dir: str | Path, split: Split) -> list[Example]:
     """
     if split not in get_args(Split):
         raise UserError(f"split {split!r} is not known: choose one of {', '.join(get_args(Split))}")
+    data_dir = user_path(data_dir)
     check_folder(data_dir)
-    path = Path(data_dir) / f"{split}.jsonl"
+    path = data_dir / f"{split}.jsonl"
     examples = [
         _example(task, line, f"{str(path)!r} line {number}")
         for number, line in enumerate(read_text(path).split("\n"), start=1)
