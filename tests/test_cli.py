@@ -528,6 +528,19 @@ def test_a_run_of_another_device_goes_on_here(run, tmp_path, finished):
     assert (out / "metrics.json").exists()
 
 
+def test_a_run_goes_on_with_another_folder_for_prefixes(run, model, data, tmp_path):
+    out, cache, another = (tmp_path / name for name in ("out", "cache", "another"))
+    more = ("--prefix-cache-mb", 0, "--prefix-cache-dir", cache)
+    assert run(*train_arguments(model, data, out, *more))[0] == 0
+    (out / "metrics.json").unlink()
+    shutil.rmtree(cache)
+    cache.touch()
+    code, _, err = run("train", "--resume", out)
+    assert code == 2 and f"{str(cache)!r} cannot be written" in err and "another folder" in err
+    assert run("train", "--resume", out, "--prefix-cache-dir", another)[0] == 0
+    assert another.is_dir() and (out / "metrics.json").exists()
+
+
 def test_damaged_settings_are_named(run, tmp_path, finished):
     out = tmp_path / "out"
     shutil.copytree(finished, out)

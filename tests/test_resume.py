@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import threading
 from dataclasses import replace
@@ -290,6 +291,32 @@ def test_a_run_goes_on_only_with_its_model_and_data(data, tmp_path):
     assert (out / "journal.zo").read_bytes() == journal
 
 
+def test_what_moves_no_bit_may_be_another_when_a_run_goes_on(data, tmp_path):
+    config = replace(SHORT, prefix_cache_mb=0, prefix_cache_dir=tmp_path / "gone")
+    train(tiny(), TOKENIZER, config, data, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "gone")
+    out = stopped_run(data, tmp_path / "out", config=config)
+    shutil.rmtree(tmp_path / "gone")
+    (tmp_path / "gone").touch()
+    settings = json.loads((out / "run.json").read_text())
+    settings["config"] |= {"sync_steps": 1, "sync_seconds": 0.0}
+    (out / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"prefix cache .*gone' cannot be written"):
+        resume(tiny(), TOKENIZER, out)
+    with pytest.raises(UserError, match="lies in the output folder"):
+        resume(tiny(), TOKENIZER, out, prefix_cache_dir=out / "cache")
+    resume(tiny(), TOKENIZER, out, prefix_cache_dir=tmp_path / "cache")
+    assert any((tmp_path / "cache").iterdir())
+    assert result(out) == result(tmp_path / "whole")
+
+
+def test_a_folder_for_prefixes_is_none_of_a_run_without(data, tmp_path):
+    """What does not fit into memory is then computed with each batch, in other roundings."""
+    out = stopped_run(data, tmp_path / "out")
+    with pytest.raises(UserError, match="prefix cache dir is None"):
+        resume(tiny(), TOKENIZER, out, prefix_cache_dir=tmp_path / "cache")
+
+
 def test_a_run_goes_on_with_its_settings_of_the_model(data, tmp_path):
     out, other = stopped_run(data, tmp_path / "out"), tiny()
     other.config.rms_norm_eps = 0.5
@@ -344,16 +371,32 @@ def test_settings_that_are_none_are_refused(data, tmp_path, text):
         resume(tiny(), TOKENIZER, out)
 
 
+def step_of(number):
+    return Step(number, number, 3e-3, (0.1,), (0.5, 0.4), True)
+
+
 @pytest.mark.parametrize(
     ("records", "says"),
     [
         ([Event(0, "validation", {"accuracy": 0.5})], "'validation'.*no evaluation"),
         ([Event(0, "untuned", {"loss": "low"})], "'untuned'.*no evaluation"),
-        ([Step(1, 1, 3e-3, (0.1,), (0.5, 0.4), True)], "no evaluation of the untuned"),
+        ([Event(0, "untuned", {"loss": math.nan})], "'untuned'.*no evaluation"),
+        ([Event(0, "untuned", {"loss": 0.5, "accuracy": math.inf})], "'untuned'.*no evaluation"),
+        ([Event(0, "untuned", {"loss": 10**400})], "'untuned'.*no evaluation"),
+        ([step_of(1)], "no evaluation of the untuned"),
+        (
+            [
+                *(Event(0, name, {"loss": 0.5}) for name in ("untuned", "validation")),
+                *map(step_of, range(1, SHORT.steps + 2)),
+            ],
+            "has 7 steps and the run 6",
+        ),
     ],
 )
-def test_a_forged_journal_is_refused(data, tmp_path, records, says):
+def test_a_forged_journal_is_refused(data, tmp_path, monkeypatch, records, says):
     out = stopped_run(data, tmp_path / "out")
+    # JSON as dlzo writes it has no NaN.
+    monkeypatch.setattr("dlzo.records._json", lambda value: json.dumps(value).encode())
     header = Reader(out / "journal.zo").header
     create(out / "journal.zo", header)
     with Writer(Reader(out / "journal.zo"), 1, 0.0) as journal:
@@ -362,7 +405,7 @@ def test_a_forged_journal_is_refused(data, tmp_path, records, says):
     model = tiny()
     before = state(model)
     with pytest.raises(UserError, match=says):
-        resume(model, TOKENIZER, out)
+        resume(model, TOKENIZER, out, on_progress=stopping_at(SHORT.steps + 2, AssertionError))
     assert same(state(model), before)
 
 

@@ -55,6 +55,7 @@ app = typer.Typer(
 app.add_typer(journal_app, name="journal")
 
 _DEFAULTS = TrainConfig("sst2")
+_BESIDE_RESUME = ("resume_from", "device", "prefix_cache_dir", "plot")
 _NEXT = """What to try next:
   dlzo eval smollm2 --adapter {out} --task sst2 --data DIR    the tuned layer on your sentences
   dlzo train smollm2 --task sst2 --data DIR --out mine --eps 1e-2    your own train.jsonl and so on
@@ -202,7 +203,8 @@ def train_command(
         int, typer.Option(help="Memory for what lies below the tuned layer, 10^6 bytes.")
     ] = _DEFAULTS.prefix_cache_mb,
     prefix_cache_dir: Annotated[
-        Path | None, path_option(help="Folder for what does not fit into it.")
+        Path | None,
+        path_option(help="Folder for what does not fit into it; of a resumed run, another one."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Of lozo's directions (2), or of lora's adapters (8).")
@@ -232,7 +234,7 @@ def train_command(
     _check_outputs(plot)
     if resume_from is not None:
         _refuse_beside_resume(context)
-        metrics = _resume(resume_from, device)
+        metrics = _resume(resume_from, device, prefix_cache_dir)
     elif model is None or task is None or out is None:
         raise UserError("train needs MODEL, --task and --out, or --resume FOLDER")
     else:
@@ -496,7 +498,7 @@ def _refuse_without_effect(context: typer.Context, config: TrainConfig) -> None:
 
 def _refuse_beside_resume(context: typer.Context) -> None:
     for name in context.params:
-        if _is_given(context, name) and name not in ("resume_from", "device", "plot"):
+        if _is_given(context, name) and name not in _BESIDE_RESUME:
             raise UserError(
                 f"--resume takes all settings from its folder: leave out {name.replace('_', '-')}"
             )
@@ -516,7 +518,7 @@ def _train(
         )
 
 
-def _resume(out: Path, device: str | None) -> Metrics:
+def _resume(out: Path, device: str | None, prefix_cache_dir: Path | None) -> Metrics:
     if device is not None:
         parse_device(device)
     if (metrics := from_first_rank(lambda: finished(out))) is not None:
@@ -526,10 +528,15 @@ def _resume(out: Path, device: str | None) -> Metrics:
     config, dtype = parse_config(settings["config"], out), parse_dtype(settings["dtype"])
     # Earlier releases had the CPU only, and did not say so.
     device = device or str(settings.get("device", "cpu"))
-    load_examples(get_task(config.task), config, settings["data"])  # before a model is fetched
+    check_cache(prefix_cache_dir, out)  # before a model is fetched
+    load_examples(get_task(config.task), config, settings["data"])
     loaded, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
     with _resumable(out, begun=True), training_bar(config.steps) as on_progress:
-        return resume(loaded, tokenizer, out, on_progress=on_progress)
+        return resume(
+            *(loaded, tokenizer, out),
+            prefix_cache_dir=prefix_cache_dir,
+            on_progress=on_progress,
+        )
 
 
 @contextmanager

@@ -77,10 +77,16 @@ def check_same_run(reader: Reader, header: Header, task: Task) -> None:
     # Journals of earlier releases say nothing of weights beside the tuned ones.
     settings.setdefault("model_fingerprint", header.settings["model_fingerprint"])
     found = replace(reader.header, settings=settings)
+    free = ["sync_steps", "sync_seconds"]
+    # Where prefixes lie moves no bit. Whether there is a folder does: what does not fit into memory
+    # is computed with each batch where there is none.
+    if None not in (settings["prefix_cache_dir"], header.settings["prefix_cache_dir"]):
+        free.append("prefix_cache_dir")
     # Nor does the name of the model matter, but its weights.
     unbound: dict[str, Any] = {
         "library_version": found.library_version,
         "base_model": found.base_model,
+        "settings": header.settings | {name: settings[name] for name in free},
     }
     if differing := differences(found, vars(replace(header, **unbound))):
         raise UserError(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict, TypeVar, cast
 
+from dlzo.config import as_float
 from dlzo.errors import UserError
 from dlzo.evaluation import Evaluation
 from dlzo.records import Event, Record, Step
@@ -160,6 +161,11 @@ def peak_rss_mb() -> float:
 def _evaluation(event: Event) -> Evaluation:
     """The figures of an event, which may be from anywhere."""
     figures = event.values.values()
-    if "loss" not in event.values or not all(isinstance(f, float | int | None) for f in figures):
+    if "loss" not in event.values or not all(map(_is_figure, figures)):
         raise UserError(f"the event {event.name[:60]!r} of a journal is no evaluation")
     return cast(Evaluation, dict(event.values))
+
+
+def _is_figure(value: object) -> bool:
+    """Whether it is None, which stands for what is not finite, or a finite number."""
+    return value is None or (isinstance(value, float | int) and math.isfinite(as_float(value)))

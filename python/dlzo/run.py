@@ -173,12 +173,12 @@ def check_free(out: Path, overwrite: bool) -> None:
             )
 
 
-def check_cache(folder: str | None, out: Path) -> None:
+def check_cache(folder: str | Path | None, out: Path) -> None:
     """Raises UserError where the folder of a prefix cache lies in `out`."""
     if folder is not None and user_path(folder).resolve().is_relative_to(out.resolve()):
         raise UserError(
-            f"prefix_cache_dir {folder!r} lies in the output folder {str(out)!r}, which a run has "
-            "for itself: choose another folder"
+            f"prefix_cache_dir {str(folder)!r} lies in the output folder {str(out)!r}, which a run "
+            "has for itself: choose another folder"
         )
 
 

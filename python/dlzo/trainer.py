@@ -150,6 +150,7 @@ def resume(
     tokenizer: PreTrainedTokenizerBase,
     out: str | Path,
     *,
+    prefix_cache_dir: str | Path | None = None,
     on_progress: OnProgress = lambda entry: None,
 ) -> Metrics:
     """Takes up the run in `out` where its journal ends; it ends in the same bits as in one go.
@@ -158,6 +159,7 @@ def resume(
         model: the run's base model, untuned.
         tokenizer: its tokenizer.
         out: folder of the run. Of a finished one, the metrics are returned as they are.
+        prefix_cache_dir: another folder for the prefixes of a run that has one; None for its own.
         on_progress: called with the history's entry of each step, from the last one done on.
 
     Returns:
@@ -173,6 +175,9 @@ def resume(
         if (metrics := distributed.from_first_rank(lambda: _finished(out))) is not None:
             return metrics
         config = parse_config(settings["config"], out)
+        if prefix_cache_dir is not None:
+            check_cache(prefix_cache_dir, out)
+            config = _with_absolute_paths(replace(config, prefix_cache_dir=str(prefix_cache_dir)))
         task = get_task(config.task)
         examples = load_examples(task, config, settings["data"])
         config = resolved(model, tokenizer, config)
@@ -276,6 +281,11 @@ class _Run:
         progress = self.progress
         for record in records:
             progress.take(record)
+        if progress.step > self.config.steps:
+            raise UserError(
+                f"the journal in {str(self.out)!r} has {progress.step} steps and the run "
+                f"{self.config.steps}: start the run again"
+            )
         if progress.step > 0 and (progress.untuned is None or progress.best is None):
             raise UserError(
                 f"the journal in {str(self.out)!r} has steps but no evaluation of the untuned "
