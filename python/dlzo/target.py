@@ -72,12 +72,14 @@ class Target:
             )
         for device in {parameter.device for parameter in tuned.values()}:
             check_kernels(device)
-        for name, parameter in tuned.items():
-            if parameter.dtype not in DTYPES.values():
+        # Adapters are float32 in any model.
+        dtypes = {"the model": self.model.dtype, **{name: p.dtype for name, p in tuned.items()}}
+        for name, dtype in dtypes.items():
+            if dtype not in DTYPES.values():
                 raise UserError(
-                    f"{name} has dtype {parameter.dtype}: load the model in one of "
-                    f"{', '.join(DTYPES)}"
+                    f"{name} has dtype {dtype}: load the model in one of {', '.join(DTYPES)}"
                 )
+        for name, parameter in tuned.items():
             if not parameter.is_meta and not parameter.isfinite().all():
                 raise UserError(
                     f"{name} holds values that are not finite: repair it, or load the model in "
