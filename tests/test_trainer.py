@@ -306,16 +306,38 @@ def test_paths_are_texts(tmp_path):
     assert config.task == "mine.yaml"
 
 
-@pytest.mark.parametrize("change", ["frozen", "float64"])
-def test_a_model_that_cannot_be_tuned_is_refused_before_anything_is_written(data, tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "method"), [("frozen", "dominant"), ("float64", "dominant"), ("float64", "lora")]
+)
+def test_a_model_that_cannot_be_tuned_is_refused_before_anything_is_written(
+    data, tmp_path, change, method
+):
     model = tiny_model()
     if change == "frozen":
         model.requires_grad_(False)
     else:
         model.double()
+    config = replace(SHORT, method=method, rank=None)
     with pytest.raises(UserError, match="requires a gradient" if change == "frozen" else "float64"):
-        train(model, TOKENIZER, SHORT, data, tmp_path / "out")
+        train(model, TOKENIZER, config, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tuned", "says"),
+    [
+        ({"layer": 0}, "no decoder layer lies below the tuned one"),
+        ({"method": "mezo", "layer": None}, "no layer is tuned by itself"),
+        ({"layer": 1}, None),
+    ],
+)
+def test_a_folder_for_prefixes_without_effect_is_told(data, tmp_path, caplog, tuned, says):
+    config, cache = replace(SHORT, steps=1, **tuned), tmp_path / "cache"
+    train(tiny_model(), TOKENIZER, config, data, tmp_path / "without")
+    assert not caplog.messages
+    train(tiny_model(), TOKENIZER, replace(config, prefix_cache_dir=cache), data, tmp_path / "with")
+    said = [f"prefix_cache_dir {str(cache)!r} has no effect: {says}"] if says else []
+    assert caplog.messages == said
 
 
 def test_the_layer_is_found_without_dropout(data, tmp_path, monkeypatch):

@@ -212,6 +212,9 @@ class _Run:
         cache = PrefixCache(config.prefix_cache_mb * 10**6, config.prefix_cache_dir)
         layers = target.decoder_layers
         self.scorer = Scorer(model, tokenizer, layers, loss=task.loss, cache=cache)
+        folder, problem = config.prefix_cache_dir, self.scorer.cache_problem
+        if folder is not None and problem is not None and distributed.rank() == 0:
+            _log.warning("prefix_cache_dir %r has no effect: %s", folder, problem)
         self.train_set = self.scorer.encode(task.drawn(examples["train"]))
         self.validation_set = self.scorer.encode(examples["validation"])
         self.test_set = examples["test"]

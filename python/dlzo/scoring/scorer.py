@@ -103,7 +103,9 @@ class Scorer:
         self.mlp_problem: str | None = None
         self.trees_problem: str | None = None
         self.states_problem: str | None = None
-        self.cache_problem: str | None = "no cache was given"
+        self.cache_problem: str | None = (
+            "no cache was given" if cache is None else "no layer is tuned by itself"
+        )
         self._turn = _turns.setdefault(model, threading.RLock())
         self._hidden_size = model.config.get_text_config(decoder=True).hidden_size
         self._itemsize = model.dtype.itemsize  # of hidden states: some models add up in float32
