@@ -115,8 +115,9 @@ def _encode(
     length = max_length(model) - max_new_tokens
     if max_new_tokens < 1 or length < 1:
         raise UserError(
-            f"max_new_tokens is {max_new_tokens}: give 1 to {max_length(model) - 1}, so that a "
-            "prompt fits into the context too"
+            f"max_new_tokens is {max_new_tokens} and the model's context has {max_length(model)} "
+            "tokens for prompt and answer: choose a model with a longer one, or give 1 to "
+            f"{max_length(model) - 1}"
         )
     encoded = [
         truncate(tokenizer(prompt.strip(" ")).input_ids, length, tokenizer) for prompt in prompts
