@@ -114,6 +114,8 @@ def test_another_base_is_refused(adapter):
     with torch.no_grad():
         next(decoder_layers(model)[LAYER].parameters())[0] += 0.5
     assert_refused(adapter, "other weights than.*'tiny'", model)
+    change_config(adapter[0], base_model="")
+    assert_refused(adapter, "load its base model$", model)
 
 
 def test_other_weights_beside_the_tuned_ones_are_told(adapter, caplog):

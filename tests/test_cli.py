@@ -541,6 +541,20 @@ def test_a_run_goes_on_with_another_folder_for_prefixes(run, model, data, tmp_pa
     assert another.is_dir() and (out / "metrics.json").exists()
 
 
+def test_a_model_without_a_name_is_for_python_alone(run, tmp_path, finished):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "metrics.json").unlink()
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**settings, "model": ""}))
+    for command, named in (
+        (("export", out, "--out", tmp_path / "merged", "--form", "model"), "`save_pretrained`"),
+        (("train", "--resume", out), "`dlzo.resume`"),
+    ):
+        code, _, err = run(*command)
+        assert code == 2 and "has no name to load it by" in err and named in err
+
+
 def test_damaged_settings_are_named(run, tmp_path, finished):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -690,7 +704,7 @@ def test_a_run_is_exported_in_each_form(run, model, data, tmp_path, finished):
         assert {path.name for path in out.iterdir()} >= {*names, "README.md"}
         card = (out / "README.md").read_text()
         assert "forward passes only: layer 1 of" in card and str(metrics["test"]["loss"]) in card
-        assert "/" not in card.split("---")[1]
+        assert "/" not in card.split("---")[1] and "rounded" not in card
     found = tmp_path / "eval.json"
     common = ["--task", "sst2", "--data", data, "--dtype", "float32", "--json", found]
     run("eval", tmp_path / "model", *common)

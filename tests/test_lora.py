@@ -182,6 +182,8 @@ def test_the_merged_model_has_them_in_its_weights(data, tmp_path, family, dtype)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     train(model, TOKENIZER, SHORT, data, tmp_path / "out")
     export(tmp_path / "out", tmp_path / "merged", "model")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"rounded to {str(dtype).removeprefix('torch.')}; the figures are those" in card
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
     assert state(merged).keys() == state(tiny_model(family)).keys()
     for name in PROJECTIONS[family]:

@@ -76,7 +76,9 @@ def test_a_replayed_adapter_is_no_run_to_export(run, tmp_path):
 
 
 def test_a_disk_that_is_full_is_told_and_leaves_nothing(data, tmp_path, monkeypatch):
-    train(tiny_model(), TOKENIZER, replace(CONFIG, steps=1), data, tmp_path / "out")
+    model = tiny_model()
+    model.name_or_path = "tiny"
+    train(model, TOKENIZER, replace(CONFIG, steps=1), data, tmp_path / "out")
 
     def full(*_, **__):
         raise SafetensorError("No space left on device")

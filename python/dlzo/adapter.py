@@ -29,7 +29,7 @@ from dlzo.config import MAX_RANK
 from dlzo.errors import UserError
 from dlzo.files import parse_versioned, replace_file, replace_text, user_path
 from dlzo.lora import NAME, Lora
-from dlzo.models import HUB_TIMEOUT_S, dtype_name, sole_use
+from dlzo.models import HUB_TIMEOUT_S, base_model, dtype_name, sole_use
 from dlzo.target import Target, weights_fingerprint
 
 _log = logging.getLogger("dlzo")
@@ -149,8 +149,8 @@ def _target(path: Path, config: Mapping[str, Any], model: PreTrainedModel) -> Ta
         return Target(model, tuple(config["layers"]), config["part"], lora, channels)
     except UserError as error:
         raise UserError(
-            f"adapter {str(path)!r} does not fit the model ({error}): load its base model, "
-            f"{config['base_model']!r}"
+            f"adapter {str(path)!r} does not fit the model ({error}): load "
+            f"{base_model(config['base_model'])}"
         ) from error
 
 
@@ -166,8 +166,8 @@ def _check_base(path: Path, config: Mapping[str, Any], target: Target) -> None:
     """Refuses other weights of what is tuned; of others in the model it warns."""
     if target.fingerprint() != config["base_fingerprint"]:
         raise UserError(
-            f"adapter {str(path)!r} was tuned from other weights than this model's: load its "
-            f"base model, {config['base_model']!r}"
+            f"adapter {str(path)!r} was tuned from other weights than this model's: load "
+            f"{base_model(config['base_model'])}"
         )
     # Earlier releases said nothing of weights beside the tuned ones.
     whole = config.get("model_fingerprint")
@@ -175,8 +175,8 @@ def _check_base(path: Path, config: Mapping[str, Any], target: Target) -> None:
         # With adapters of several layers in one model it is meant.
         _log.warning(
             "adapter %r was tuned in a model whose other weights are not those of this one: "
-            "for the figures of its run load its base model, %r",
-            *(str(path), config["base_model"]),
+            "for the figures of its run load %s",
+            *(str(path), base_model(config["base_model"])),
         )
 
 

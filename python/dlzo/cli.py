@@ -38,7 +38,14 @@ from dlzo.metrics import Metrics
 from dlzo.models import decoder_layers, load_model, parse_device, parse_dtype
 from dlzo.probe import probe
 from dlzo.replay import check_replay, replay
-from dlzo.run import JOURNAL_FILE, check_cache, check_free, is_file_of_a_run, read_settings
+from dlzo.run import (
+    JOURNAL_FILE,
+    check_cache,
+    check_free,
+    is_file_of_a_run,
+    model_name,
+    read_settings,
+)
 from dlzo.sensitivity import check_sensitivity, sensitivity
 from dlzo.target import describe
 from dlzo.tasks import Split, check_folder, get_task, load_split
@@ -525,12 +532,13 @@ def _resume(out: Path, device: str | None, prefix_cache_dir: Path | None) -> Met
         say(f"the run in {out} is finished")
         return metrics
     settings = from_first_rank(lambda: read_settings(out))
+    name = model_name(settings, out, "go on by `dlzo.resume`")
     config, dtype = parse_config(settings["config"], out), parse_dtype(settings["dtype"])
     # Earlier releases had the CPU only, and did not say so.
     device = device or str(settings.get("device", "cpu"))
     check_cache(prefix_cache_dir, out)  # before a model is fetched
     load_examples(get_task(config.task), config, settings["data"])
-    loaded, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
+    loaded, tokenizer = load_model(name, dtype=dtype, device=device)
     with _resumable(out, begun=True), training_bar(config.steps) as on_progress:
         return resume(
             *(loaded, tokenizer, out),

@@ -15,7 +15,7 @@ from dlzo.errors import UserError
 from dlzo.files import new_folder, user_path
 from dlzo.lora import take_out
 from dlzo.models import load_model, parse_dtype, quiet_transformers
-from dlzo.run import JOURNAL_FILE, read_metrics, read_settings
+from dlzo.run import JOURNAL_FILE, model_name, read_metrics, read_settings
 from dlzo.target import describe
 
 Form = Literal["adapter", "model", "journal"]
@@ -44,6 +44,8 @@ which had the lowest validation loss.
 _WHAT = {
     "adapter": "What was tuned, alone, as safetensors.",
     "model": "The whole model, tuned.",
+    "merged": """The whole model, tuned: the LoRA adapters were added to its weights and the sums
+rounded to {dtype}; the figures are those of the adapters beside the weights, unrounded.""",
     "journal": "The steps of the run, from which the tuned weights are rebuilt bit for bit.",
 }
 _USE = {
@@ -102,7 +104,8 @@ def export(run: str | Path, out: str | Path, form: Form = "adapter") -> None:
 def _save_merged(run: Path, folder: Path) -> dict[str, Any]:
     """Saves the model with what is tuned in it; the configuration of that."""
     settings = read_settings(run)
-    model, tokenizer = load_model(settings["model"], dtype=parse_dtype(settings["dtype"]))
+    name = model_name(settings, run, "use `load_adapter` and the model's own `save_pretrained`")
+    model, tokenizer = load_model(name, dtype=parse_dtype(settings["dtype"]))
     if "lora" in (config := load_adapter(model, run)):
         take_out(model, merge=True)
     with quiet_transformers(every_bar=True):
@@ -117,11 +120,12 @@ def _card(config: Mapping[str, Any], form: Form, run: Path) -> str:
         base = Path(base).resolve().name  # the folder that it lay in says nothing elsewhere
     quoted = json.dumps(base, ensure_ascii=False)  # YAML takes it as it is, whatever is in it
     fields = {**config, "base_model": base, "quoted_model": quoted, "tuned": describe(config)}
-    use = _USE["LoRA" if form == "adapter" and "lora" in config else form]
+    lora = "lora" in config
+    what = _WHAT["merged" if form == "model" and lora else form]
+    use = _USE["LoRA" if form == "adapter" and lora else form]
     try:
-        return _CARD.format(
-            **fields, what=_WHAT[form], use=use.format(**fields), figures=_figures(run)
-        )
+        texts = {"what": what.format(**fields), "use": use.format(**fields)}
+        return _CARD.format(**fields, **texts, figures=_figures(run))
     except KeyError as error:
         raise UserError(f"the adapter in {str(run)!r} does not say its {error}") from error
 

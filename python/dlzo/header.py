@@ -16,7 +16,7 @@ from dlzo.config import TrainConfig
 from dlzo.errors import UserError
 from dlzo.journal import Reader, header_text, setting_error
 from dlzo.lora import Lora
-from dlzo.models import dtype_name
+from dlzo.models import base_model, dtype_name
 from dlzo.records import Header, Parameter
 from dlzo.rule import rank_in
 from dlzo.target import Target, weights_fingerprint
@@ -114,8 +114,8 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
         target = Target(model, header.layers, part, lora, channels)
     except UserError as error:
         raise UserError(
-            f"journal {str(reader.path)!r} does not fit the model ({error}): load its base model, "
-            f"{header.base_model!r}"
+            f"journal {str(reader.path)!r} does not fit the model ({error}): load "
+            f"{base_model(header.base_model)}"
         ) from error
     with target.undone_by_error():
         # Neither the name of the model, nor its configuration, nor the release of dlzo moves a bit.
@@ -125,7 +125,7 @@ def fitting_target(reader: Reader, model: PreTrainedModel) -> Target:
         if differing := differences(header, bound):
             raise UserError(
                 f"journal {str(reader.path)!r} does not fit the model: {differing}; "
-                f"load its base model, {header.base_model!r}, untuned and in {header.dtype}"
+                f"load {base_model(header.base_model)}, untuned and in {header.dtype}"
             )
         config = {"config_fingerprint": found["config_fingerprint"]}
         if differing := differences(header, config):

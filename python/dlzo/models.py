@@ -238,6 +238,11 @@ def absolute_name(name: str) -> str:
     return str(path.resolve()) if named and path.exists() else name
 
 
+def base_model(name: str) -> str:
+    """The base model of an adapter or a journal in words, with its name where it has one."""
+    return f"its base model, {name!r}" if name else "its base model"
+
+
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     """The first argument of `from_pretrained` for a model's name, and further ones."""
     if name == DEFAULT_MODEL:

@@ -106,6 +106,20 @@ def read_settings(out: Path) -> dict[str, Any]:
     return parse_versioned(text, path, VERSION, _FIELDS, "start the run again")
 
 
+def model_name(settings: Mapping[str, Any], out: Path, instead: str) -> str:
+    """By what name the model of the run in a folder is loaded.
+
+    Raises:
+        UserError: it has none; `instead` says what can be done with it.
+    """
+    if not settings["model"]:
+        raise UserError(
+            f"the model of the run in {str(out)!r} has no name to load it by: make it in Python as "
+            f"for the run and {instead}"
+        )
+    return str(settings["model"])
+
+
 def read_metrics(out: Path) -> dict[str, Any] | None:
     """The metrics of the run in a folder; None if it is not finished.
 
