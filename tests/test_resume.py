@@ -488,7 +488,7 @@ def test_what_a_kill_leaves_is_overwritten(data, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_while_the_best_weights_are_copied_leaves_those(data, tmp_path, monkeypatch):
-    model, keep, seen = tiny(), Target.keep, []
+    model, copy_to, seen = tiny(), Target.copy_to, []
 
     def interrupted(target, weights):
         if len(seen) == 1:
@@ -496,9 +496,9 @@ def test_an_interrupt_while_the_best_weights_are_copied_leaves_those(data, tmp_p
             weights[0].copy_(next(iter(target.parameters.values())).detach())
             raise KeyboardInterrupt
         seen.append(None)
-        keep(target, weights)
+        copy_to(target, weights)
 
-    monkeypatch.setattr(Target, "keep", interrupted)
+    monkeypatch.setattr(Target, "copy_to", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(model, TOKENIZER, replace(SHORT, eval_every=1), data, tmp_path / "out")
     assert same(state(model), seen[1]) and not same(seen[1], state(tiny()))

@@ -216,7 +216,7 @@ def test_reserved_tokens_do_not_decide_what_is_allowed(monkeypatch):
 
 
 def test_a_leak_that_could_pass_for_rounding_is_noticed(monkeypatch):
-    monkeypatch.setattr(Trial, "_problem", lambda *_: None)
+    monkeypatch.setattr(Trial, "_score_problem", lambda *_: None)
     scorer = Scorer(tiny_model("bloom"), byte_tokenizer())
     assert "what lies beside it" in scorer.trees_problem
 
@@ -230,7 +230,7 @@ def test_a_leak_from_the_token_before_is_noticed(monkeypatch):
         return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1]
 
     monkeypatch.setattr(model.model.embed_tokens, "forward", shifted)
-    monkeypatch.setattr(Trial, "_problem", lambda *_: None)
+    monkeypatch.setattr(Trial, "_score_problem", lambda *_: None)
     assert "what lies beside it" in Scorer(model, byte_tokenizer()).trees_problem
 
 
@@ -293,7 +293,7 @@ def test_roundings_that_change_with_the_company_are_no_leak(leaks, monkeypatch):
     monkeypatch.setattr(mlp, "forward", rounded_otherwise)
     if leaks:
         monkeypatch.setattr(embed, "forward", shifted)
-        monkeypatch.setattr(Trial, "_problem", lambda *_: None)
+        monkeypatch.setattr(Trial, "_score_problem", lambda *_: None)
     problem = Scorer(model, byte_tokenizer()).trees_problem
     assert ("what lies beside it" in problem) if leaks else problem is None
 
