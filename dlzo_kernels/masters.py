@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dlzo_kernels import _C
-from dlzo_kernels.ops._common import DTYPE_CODES, overlap, threads
+from dlzo_kernels.ops._common import DTYPE_CODES, overlap
 from dlzo_kernels.ops._parts import Operand
 from dlzo_kernels.ops.accumulate import accumulate_layer
 from dlzo_kernels.parameters import Layer, Numbering, is_whole, storages, tuned_parameters
@@ -25,37 +24,31 @@ CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
 class _Entry:
     """The float32 master of one parameter, and what tells whether it still speaks for it."""
 
-    def __init__(self, live: Tensor) -> None:
+    def __init__(self, live: Tensor, counter: Tensor | None) -> None:
         self.storage = StorageWeakRef(live.untyped_storage())
         with torch.inference_mode(False):  # it outlives the mode
             self.master = torch.empty(live.shape, dtype=torch.float32, device=live.device)
         self.moves = 0  # of the master
-        self.release(live)
+        self.mark_current(counter)
 
-    def release(self, given: Tensor) -> None:
-        """Notes that the live weights, given as such or in a DTensor, are those of the master."""
+    def mark_current(self, counter: Tensor | None) -> None:
+        """Notes that the live weights, whose writes the counter counts, are those of the master."""
         self.perturbed: Tensor | None = None  # the live weights, while they are not the master's
-        self.seen, self.version = weakref.ref(_counted(given)), _version(given)
+        self.counter, self.version = counter, _version(counter)
 
-    def was_written(self, given: Tensor) -> bool:
-        """Whether somebody else wrote what was released last, by autograd."""
-        return self.seen() is _counted(given) and self.version != _version(given)
+    def was_written(self) -> bool:
+        """Whether somebody else has written the live weights since, by autograd."""
+        return self.version != _version(self.counter)
 
-    def is_up_to_date(self) -> bool:
-        """Whether nobody has written since, by autograd."""
-        seen = self.seen()
-        return seen is not None and self.version == _version(seen)
+    def accept_writes(self) -> None:
+        """Accepts the current version: the writes since came from steps on other views."""
+        self.version = _version(self.counter)
 
-    def catch_up(self) -> None:
-        """Takes the writes so far for those of steps on other weights."""
-        if (seen := self.seen()) is not None:
-            self.version = _version(seen)
-
-    def speaks_for(self, live: Tensor) -> bool:
+    def matches(self, live: Tensor) -> bool:
         """Whether the live weights are those of the master."""
         if live.is_cpu and live.is_contiguous():
             addresses = live.data_ptr(), DTYPE_CODES[live.dtype], self.master.data_ptr()
-            return _C.is_rounded(*addresses, live.numel(), threads())
+            return _C.is_rounded(*addresses, live.numel(), torch.get_num_threads())
         return all(
             torch.equal(_bits(part.to(live.dtype)), _bits(whole))
             for whole, part in _chunks(live, self.master)
@@ -67,7 +60,7 @@ class Tuned:
     """A tuned parameter, with its master."""
 
     name: str
-    given: Tensor  # whose writes autograd counts: a DTensor, or the live weights themselves
+    counter: Tensor | None  # of writes, by autograd
     live: Tensor
     operand: Operand  # as the kernels take it, in the memory where it was adopted
     address: int  # of that memory
@@ -128,7 +121,7 @@ def move_masters(
         with own_writes(tuned):
             accumulate_layer(operands, seeds, scales, queries, gate=gate)
     for t in tuned:
-        t.entry.release(t.given)
+        t.entry.mark_current(t.counter)
 
 
 @contextmanager
@@ -184,16 +177,19 @@ def _forget_dead() -> None:
 
 @contextmanager
 def own_writes(tuned: Sequence[Tuned]) -> Iterator[None]:
-    """Views of one memory have one count of writes: these writes are none to others' masters."""
+    """Keeps the masters of other views of the same storage valid over the writes in the `with`.
+
+    These raise the version counter that the views share.
+    """
     storages, own = {t.entry.storage.cdata for t in tuned}, {id(t.entry) for t in tuned}
     others = [
         entry
         for key, entry in _entries.copy().items()
-        if key.storage in storages and id(entry) not in own and entry.is_up_to_date()
+        if key.storage in storages and id(entry) not in own and not entry.was_written()
     ]
     yield
     for entry in others:
-        entry.catch_up()
+        entry.accept_writes()
 
 
 def written_error(name: str) -> RuntimeError:
@@ -207,12 +203,13 @@ def perturbed_error(name: str) -> RuntimeError:
 
 
 def _tuned(name: str, given: Tensor, live: Tensor, numbering: Numbering) -> Tuned:
-    entry = _adopt(name, given, live)
+    counter = _write_counter(given)
+    entry = _adopt(name, counter, live)
     operand = Operand(live.detach(), entry.master, **numbering)
-    return Tuned(name, given, live, operand, live.data_ptr(), entry, entry.moves)
+    return Tuned(name, counter, live, operand, live.data_ptr(), entry, entry.moves)
 
 
-def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:
+def _adopt(name: str, counter: Tensor | None, live: Tensor) -> _Entry:
     """The master of a parameter: the one of the step before, where that still holds."""
     key = _Key(
         StorageWeakRef(live.untyped_storage()).cdata,
@@ -222,19 +219,19 @@ def _adopt(name: str, given: Tensor, live: Tensor) -> _Entry:
         live.dtype,
     )
     entry = _entries.get(key)
-    if entry is None or entry.was_written(given) or not entry.speaks_for(live):
-        entry = _Entry(live)
+    if entry is None or entry.was_written() or not entry.matches(live):
+        entry = _Entry(live, counter)
         for whole, part in _chunks(live, entry.master):
             if not part.copy_(whole).isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite; repair it first")
         _forget_overlapping(live, key)
         _entries[key] = entry
-    entry.release(given)
+    entry.mark_current(counter)
     return entry
 
 
 def _forget_overlapping(live: Tensor, key: _Key) -> None:
-    """Other views of this memory need masters no more: once it moves they speak for nothing."""
+    """Drops the masters of views that overlap these weights: the first move makes them stale."""
     for other, entry in _entries.copy().items():
         if other.storage != key.storage or other == key or entry.perturbed is not None:
             continue
@@ -261,11 +258,16 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int32 if tensor.dtype is torch.float32 else torch.int16)
 
 
-def _counted(tensor: Tensor) -> Tensor:
-    """What has the tensor's count of writes, and outlives a view that is made anew each time."""
-    return tensor if tensor._base is None else tensor._base
+def _write_counter(given: Tensor) -> Tensor | None:
+    """An empty tensor that shares autograd's count of writes; inference tensors have none."""
+    if given.is_inference():
+        return None
+    # A weakref to it would do, but torch swaps no tensor that has one. A DTensor has its own count.
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+        counter = given.detach()
+        counter.data = torch.empty(0, dtype=given.dtype, device=given.device)  # frees its memory
+    return counter
 
 
-def _version(tensor: Tensor) -> int:
-    """Autograd's count of writes; inference tensors have none."""
-    return 0 if tensor.is_inference() else tensor._version
+def _version(counter: Tensor | None) -> int:
+    return 0 if counter is None else counter._version

@@ -289,7 +289,7 @@ class ZOStep:
         for t in self._tuned:
             if t.entry.perturbed is not None:
                 raise perturbed_error(t.name)
-            if t.entry.was_written(t.given) or t.entry.moves != t.moves:
+            if t.entry.was_written() or t.entry.moves != t.moves:
                 raise written_error(t.name)
         self._refuse_if_elsewhere()
 
