@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("dlzo", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -147,6 +148,20 @@ def check_writable(name: str, tensor: Tensor) -> None:
         extent += stride * (size - 1)
 
 
+def check_no_gradient(op: str, **tensors: Tensor) -> None:
+    """Raises ValueError where an op without a gradient would lose one, of either mode."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, which {op} has not: call it under torch.no_grad()"
+            )
+        # Forward mode goes on under no_grad.
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name} has a tangent, and {op} no forward-mode gradient: give {name}.detach()"
+            )
+
+
 def check_same_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
     """Raises ValueError unless the tensor is on the device, which is that of `other`."""
     if tensor.device != device:
@@ -234,8 +249,3 @@ def not_a_tensor(name: str, value: _T | Tensor) -> _T:
 def seed_of(seed: int | Tensor) -> int | Tensor:
     """A seed as an unsigned number, unless it lies in device memory."""
     return seed if isinstance(seed, Tensor) else to_unsigned(seed)
-
-
-def threads() -> int:
-    """How many threads a kernel may use: as many as torch."""
-    return torch.get_num_threads()

@@ -28,7 +28,6 @@ from dlzo_kernels.ops._common import (
     register_silent_fake,
     row_stride_of,
     shape_of,
-    threads,
     to_signed,
     to_unsigned,
 )
@@ -206,7 +205,7 @@ def _accumulate_cpu(
         stream,
         queries,
         scales,
-        threads(),
+        torch.get_num_threads(),
     )
 
 

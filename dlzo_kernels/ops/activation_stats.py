@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlzo_kernels import _C
 from dlzo_kernels.ops import _gpu
-from dlzo_kernels.ops._common import DTYPE_CODES, LIBRARY, check_tensor, is_eager, threads
+from dlzo_kernels.ops._common import DTYPE_CODES, LIBRARY, check_tensor, is_eager
 from dlzo_kernels.ops._triton import Plan, aligned, constant, dtype_of, jit, launch, tl
 
 LIBRARY.define("activation_stats(Tensor x, str per) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -97,7 +97,9 @@ def _activation_stats(x: Tensor, per: str) -> tuple[Tensor, ...]:
     if x.is_cuda:
         _launch(x, sizes, pointers)
     else:
-        _C.activation_stats(x.data_ptr(), DTYPE_CODES[x.dtype], *sizes, pointers, threads())
+        _C.activation_stats(
+            x.data_ptr(), DTYPE_CODES[x.dtype], *sizes, pointers, torch.get_num_threads()
+        )
     return results
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
-from dlzo_kernels.ops._common import mark_written, pack, threads
+from dlzo_kernels.ops._common import mark_written, pack
 
 # Elements at a time of U V^T on a GPU.
 _CHUNK = 1 << 24
@@ -30,9 +30,8 @@ def add_low_rank(out: Tensor, master: Tensor, u: Tensor, v: Tensor, scale: float
     if out.is_cpu:
         columns = v.t().contiguous()
         addresses = u.data_ptr(), columns.data_ptr()
-        _C.add_low_rank(
-            pack(out), pack(master), out.shape, *addresses, u.shape[1], scale, threads()
-        )
+        numbers = u.shape[1], scale, torch.get_num_threads()
+        _C.add_low_rank(pack(out), pack(master), out.shape, *addresses, *numbers)
         mark_written(out)
         return
     height = max(1, _CHUNK // max(1, len(v)))

@@ -19,7 +19,6 @@ from dlzo_kernels.ops._common import (
     pack,
     row_stride_of,
     shape_of,
-    threads,
     to_signed,
     to_unsigned,
 )
@@ -116,7 +115,7 @@ def _gaussian(
         return out
     sizes = shape_of(out)
     stride = row_stride_of(sizes, row_stride)
-    _C.gaussian(pack(out), sizes, offset, stride, seed, stream, query, threads())
+    _C.gaussian(pack(out), sizes, offset, stride, seed, stream, query, torch.get_num_threads())
     return out
 
 

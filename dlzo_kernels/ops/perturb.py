@@ -27,7 +27,6 @@ from dlzo_kernels.ops._common import (
     row_stride_of,
     seed_of,
     shape_of,
-    threads,
     to_signed,
     to_unsigned,
 )
@@ -229,7 +228,7 @@ def _perturb_cpu(operand: Operand, seed: int, scale: float, query: int) -> None:
     packed = pack(out)
     source = packed if base is out else pack(base)
     stride = row_stride_of(shape, row_stride)
-    numbers = (to_unsigned(seed), stream, query, scale, threads())
+    numbers = (to_unsigned(seed), stream, query, scale, torch.get_num_threads())
     _C.perturb(packed, source, shape, offset, stride, *numbers)
 
 

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
-from dlzo_kernels.ops._common import DTYPE_CODES, LIBRARY, check_tensor, is_eager, threads
+from dlzo_kernels.ops._common import (
+    DTYPE_CODES,
+    LIBRARY,
+    check_no_gradient,
+    check_tensor,
+    is_eager,
+)
 
 LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 
@@ -34,10 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         TypeError: the dtypes differ, or are none of the three.
         NotImplementedError: a tensor is not on the CPU.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        raise ValueError(
-            "x or weight requires a gradient, which rms_norm has not: call it under torch.no_grad()"
-        )
+    check_no_gradient("rms_norm", x=x, weight=weight)
     if is_eager(x, weight):
         return _rms_norm(x, weight, eps)
     return torch.ops.dlzo.rms_norm(x, weight, eps)
@@ -56,7 +59,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return out
     size = weight.numel()
     pointers = out.data_ptr(), x.data_ptr(), weight.data_ptr()
-    _C.rms_norm(*pointers, DTYPE_CODES[x.dtype], x.numel() // size, size, eps, threads())
+    _C.rms_norm(
+        *pointers, DTYPE_CODES[x.dtype], x.numel() // size, size, eps, torch.get_num_threads()
+    )
     return out
 
 

@@ -13,13 +13,13 @@ from dlzo_kernels.ops import _gpu
 from dlzo_kernels.ops._common import (
     DTYPE_CODES,
     LIBRARY,
+    check_no_gradient,
     check_range,
     check_same_device,
     check_scale,
     check_tensor,
     is_eager,
     pack,
-    threads,
 )
 from dlzo_kernels.ops._triton import Plan, aligned, dtype_of, jit, launch, log2, tl
 
@@ -82,11 +82,7 @@ def tree_attention(
         RuntimeError: a CUDA graph is captured; or, as a LaunchError, Triton cannot compile or load
             the kernel here.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        raise ValueError(
-            "query, key or value requires a gradient, which tree_attention has not: "
-            "call it under torch.no_grad()"
-        )
+    check_no_gradient("tree_attention", query=query, key=key, value=value)
     scale = max((1, *query.shape[-1:])) ** -0.5 if scale is None else float(scale)
     window = _NO_WINDOW if window is None else window
     check_range("window", window, 1 << 63)
@@ -139,7 +135,9 @@ def _tree_attention(
     batch, heads, tokens, head_size = query.shape
     sizes = (batch, heads, key.shape[1], tokens, head_size, value.shape[-1])
     tensors = pack(query), pack(key), pack(value), pack(out)
-    _C.tree_attention(*tensors, parents.data_ptr(), sizes, scale, window, softcap, threads())
+    _C.tree_attention(
+        *tensors, parents.data_ptr(), sizes, scale, window, softcap, torch.get_num_threads()
+    )
     return out
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -133,6 +134,24 @@ def test_inputs_are_left_alone_and_nothing_gives_nothing(dtype):
 def test_bad_arguments(x, weight, eps, error, message):
     with pytest.raises(error, match=message):
         rms_norm(x, weight, eps)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_forward_mode_gradient_is_refused(moved):
+    tensors = list(drawn(2, 3))
+
+    def normed(x):
+        tensors[moved] = x
+        return rms_norm(*tensors, 1e-5)
+
+    primal, tangent = tensors[moved], torch.ones_like(tensors[moved])
+    name = ("x", "weight")[moved]
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{name} has a tangent, and rms_norm"):
+        torch.func.jvp(normed, (primal,), (tangent,))
+    with forward_ad.dual_level():
+        with pytest.raises(ValueError, match=f"{name} has a tangent, and rms_norm"):
+            normed(forward_ad.make_dual(primal, tangent))
+        assert normed(primal).shape == (2, 3)
 
 
 def test_operator_contract():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from bits import assert_same_bits
 from dlzo_kernels import tree_attention
@@ -214,6 +215,16 @@ def test_bad_arguments(change, error, message):
     with pytest.raises(error) as raised:
         tree_attention(**arguments)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_forward_mode_gradient_is_refused(moved):
+    tensors, parents = list(inputs(6, (8, 8), (4, 2), torch.float32)), torch.tensor(chain(6))
+    with forward_ad.dual_level():
+        tensors[moved] = forward_ad.make_dual(tensors[moved], torch.ones_like(tensors[moved]))
+        name = ("query", "key", "value")[moved]
+        with pytest.raises(ValueError, match=f"{name} has a tangent, and tree_attention"):
+            tree_attention(*tensors, parents)
 
 
 def test_a_parent_deep_in_the_row_must_come_first():
