@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).parents[2] / "csrc"
-FLAGS = ("-std=c++17", "-O3", "--fmad=false")
+# As in CMakeLists.txt, behind what CUDAFLAGS may hold.
+EXACT = ("--fmad=false", "--ftz=false", "--prec-sqrt=true", "--prec-div=true")
 
 
 def tool(name: str) -> str | None:
@@ -56,8 +57,8 @@ def _digest(source: Path) -> str:
 def _nvcc(source: Path, digest: str, options: tuple[str, ...]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        command = [tool("nvcc"), *FLAGS, *options, f"-I{CSRC}", str(source), "-o", str(output)]
-        _run(command)
+        flags = ("-std=c++17", "-O3", *options, *EXACT, f"-I{CSRC}")
+        _run([tool("nvcc"), *flags, str(source), "-o", str(output)])
         return output.read_bytes()
 
 

@@ -7,10 +7,11 @@ import re
 import pytest
 
 from dlzo_kernels import _C
-from ptx.compile import CSRC, missing, nvcc_ptx
+from ptx.compile import CSRC, EXACT, missing, nvcc_ptx
 from ptx.lint import fused, inexact, missing_floats, missing_words
 from scripts import load_benchmark
 
+CMAKE = CSRC.parent / "CMakeLists.txt"
 NOISE_OPS = ("gaussian", "perturb", "accumulate")
 # Of noise v1, scaled by the powers of two that noise.cuh folds into them.
 WORDS = (0xD2511F53, 0xCD9E8D57)
@@ -98,6 +99,13 @@ def test_the_hot_path_is_the_shortest_round_with_all_that_is_asked():
     assert [x.opcode for x in rooted] == ["LDG.E.128", "BRA", "FMUL", "BRA", "MUFU.RSQ", "BRA"]
     with pytest.raises(ValueError, match="no loop has"):
         gpu_static.hot_path(code, {"CALL": 1, "FADD": 1})
+
+
+@pytest.mark.skipif(missing("nvcc") is not None, reason=str(missing("nvcc")))
+def test_the_build_undoes_fast_math():
+    source = CSRC / "gaussian.cu"
+    assert nvcc_ptx(source, 90, ("--use_fast_math",)) == nvcc_ptx(source, 90)
+    assert f"target_compile_options(gpu PRIVATE {' '.join(EXACT)})" in CMAKE.read_text()
 
 
 @pytest.mark.parametrize("op", NOISE_OPS)
