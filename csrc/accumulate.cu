@@ -2,7 +2,7 @@
 // and out = round(master) at the end. A thread keeps its elements in registers over all directions,
 // so the weights pass through memory once.
 // Bytes moved per element: the master's size twice, and the size of out.
-#include "walk.cuh"
+#include "parts.cuh"
 
 namespace dlzo::gpu {
 

@@ -1,5 +1,5 @@
 // activation_stats on a GPU: see activation_stats.cpp for the method. A row is cut into runs of
-// kRun values, each one warp's, a column into segments of kSegmentRows values, each one thread's;
+// kRun values, each one warp's, a column into segments of kColumnSegment values, each one thread's;
 // a second launch combines their moments in float64. No order depends on the timing of a run.
 //
 // In a run, value s * 256 + p belongs to position p, whose power sums run in float32 over at most
@@ -7,7 +7,7 @@
 //
 //   error    each power sum within (64 + 8) 2^-24 of the sum of its absolute terms
 //   bytes    the size of the storage type per element, read once
-#include "walk.cuh"
+#include "storage.cuh"
 
 namespace dlzo::gpu {
 
@@ -227,11 +227,11 @@ DLZO_DEVICE void sum_columns(const StatsArguments& arguments) {
   const int64_t number = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   if (number >= arguments.outputs * arguments.pieces) return;
   const int64_t channel = number % arguments.columns;
-  const int64_t begin = number / arguments.columns * kSegmentRows;
+  const int64_t begin = number / arguments.columns * kColumnSegment;
   const int64_t left = arguments.rows - begin;
   const Column<dtype> column = {
       reinterpret_cast<const Type*>(arguments.x) + begin * arguments.columns + channel,
-      arguments.columns, (int)(left < kSegmentRows ? left : kSegmentRows)};
+      arguments.columns, (int)(left < kColumnSegment ? left : kColumnSegment)};
   Moments moments = moments_of(column.count, column.first_pivot(), [&](float pivot, float scale) {
     return column.sweep(pivot, scale);
   });

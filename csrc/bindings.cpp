@@ -69,6 +69,8 @@ void bind_gpu(py::module_ module) {
       .def_property_readonly("argument",
                              [](const gpu::Launch& launch) { return py::bytes(launch.argument); });
   module.attr("THREADS") = gpu::kThreads;
+  module.attr("RUN") = gpu::kRun;
+  module.attr("COLUMN_SEGMENT") = gpu::kColumnSegment;
   module.attr("PARTIAL_BYTES") = sizeof(Moments);
   module.def("gaussian", [](int out, const std::vector<Part>& parts, const Directions& directions) {
     return gpu::gaussian(dtype_of(out), gpu_parts(parts), gpu_directions(directions));

@@ -1,6 +1,6 @@
 // gaussian: out = round(z). Formula, counters and error bound: noise.h.
 // Bytes moved per element: the size of the storage type, written.
-#include "walk.cuh"
+#include "parts.cuh"
 
 namespace dlzo::gpu {
 

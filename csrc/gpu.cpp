@@ -45,6 +45,16 @@ std::vector<Launch> over_parts(const std::string& kernel, const std::vector<Part
   return launches;
 }
 
+struct Cut {
+  int64_t outputs, pieces;  // as in StatsArguments
+};
+
+Cut cut_of(int64_t rows, int64_t channels, Reduction reduction) {
+  if (reduction == Reduction::kTensor) return {1, ceil_divide(rows * channels, kRun)};
+  if (reduction == Reduction::kChannel) return {channels, ceil_divide(rows, kColumnSegment)};
+  return {rows, ceil_divide(channels, kRun)};
+}
+
 }  // namespace
 
 std::vector<Launch> gaussian(DType out, std::vector<Part> parts, const Directions& directions) {
@@ -74,27 +84,19 @@ std::vector<Launch> accumulate(DType out, DType base, bool writes_out, std::vect
 }
 
 int64_t partials(int64_t rows, int64_t channels, Reduction reduction) {
-  const int64_t values = rows * channels;
-  const int64_t pieces = reduction == Reduction::kTensor    ? ceil_divide(values, kRun)
-                         : reduction == Reduction::kChannel ? ceil_divide(rows, kSegmentRows)
-                                                            : ceil_divide(channels, kRun);
-  const int64_t outputs = reduction == Reduction::kTensor    ? 1
-                          : reduction == Reduction::kChannel ? channels
-                                                             : rows;
-  return pieces == 1 ? 0 : outputs * pieces;
+  const Cut cut = cut_of(rows, channels, reduction);
+  return cut.pieces == 1 ? 0 : cut.outputs * cut.pieces;
 }
 
 std::vector<Launch> activation_stats(const char* x, DType dtype, int64_t rows, int64_t channels,
                                      Reduction reduction, const StatsOut& out, Moments* workspace) {
-  StatsArguments arguments = {x, rows, channels, rows, 0, out, workspace};
+  const Cut cut = cut_of(rows, channels, reduction);
+  StatsArguments arguments = {x, rows, channels, cut.outputs, cut.pieces, out, workspace};
   const bool columns = reduction == Reduction::kChannel;
   if (reduction == Reduction::kTensor) {
-    arguments.rows = arguments.outputs = 1;
+    arguments.rows = 1;
     arguments.columns = rows * channels;
   }
-  if (columns) arguments.outputs = channels;
-  arguments.pieces =
-      columns ? ceil_divide(rows, kSegmentRows) : ceil_divide(arguments.columns, kRun);
   const int64_t threads = arguments.outputs * arguments.pieces * (columns ? 1 : kWarp);
   const std::string kernel = std::string(columns ? "sum_columns_" : "sum_runs_") + name_of(dtype);
   std::vector<Launch> launches = {make_launch(kernel, ceil_divide(threads, kThreads), arguments)};

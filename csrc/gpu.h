@@ -74,8 +74,8 @@ struct NoiseArguments {
 };
 static_assert(sizeof(NoiseArguments) <= 4096, "a kernel takes 4 kB of arguments");
 
-constexpr int64_t kRun = 16384;        // values of a row that one warp sums up
-constexpr int64_t kSegmentRows = 256;  // rows of a channel that one thread sums up
+constexpr int64_t kRun = 16384;          // values of a row that one warp sums up
+constexpr int64_t kColumnSegment = 256;  // rows of a channel that one thread sums up
 
 // The one argument of the kernels of activation_stats, on a (rows, columns) matrix.
 struct StatsArguments {

@@ -1,7 +1,7 @@
 // perturb: out = round(float32(base) + scale * z), one rounded product and one rounded sum.
 // In place where out is base. Formula, counters and error bound of z: noise.h.
 // Bytes moved per element: the sizes of both storage types, one read and one written.
-#include "walk.cuh"
+#include "parts.cuh"
 
 namespace dlzo::gpu {
 

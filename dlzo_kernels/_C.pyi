@@ -85,6 +85,8 @@ class gpu:
     """Plans of launches, made where there is no CUDA too."""
 
     THREADS: int
+    RUN: int
+    COLUMN_SEGMENT: int
     PARTIAL_BYTES: int
 
     class Launch:

@@ -125,10 +125,10 @@ for _key in ("CPU", "CUDA"):
 
 
 # Triton. Every order of summation is that of activation_stats.cu.
-_RUN = constant(16384)  # values of a row that a program sums
+_RUN = constant(_C.gpu.RUN)  # values of a row that a program sums
 _LOG_POSITIONS = constant(8)
 _POSITIONS = constant(256)  # values or partial moments that it takes side by side
-_SEGMENT = constant(256)  # rows of a channel that a program sums
+_SEGMENT = constant(_C.gpu.COLUMN_SEGMENT)  # rows of a channel that a program sums
 _BLOCK = constant(64)  # of them in float32
 _PIVOT_ROWS = constant(16)  # whose mean is the first pivot
 _CHANNELS = constant(64)  # that a program takes side by side
