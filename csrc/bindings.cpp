@@ -47,10 +47,13 @@ std::vector<gpu::Part> gpu_parts(const std::vector<Part>& parts) {
 }
 
 // The fields of Directions in dlzo_kernels/ops/_parts.py.
-using Directions = std::tuple<int32_t, uint64_t, uint32_t, float, uintptr_t, uintptr_t, uintptr_t>;
+using Directions = std::tuple<int32_t, uint64_t, uint32_t, double, uintptr_t, uintptr_t, uintptr_t>;
 
 gpu::Directions gpu_directions(const Directions& directions) {
-  const auto& [count, seed, query, scale, seeds, queries, scales] = directions;
+  const auto& [count, seed, query, wide, seeds, queries, scales] = directions;
+  float scale = 0;
+  const auto round = [&scale, wide = wide](int64_t, int64_t) { scale = static_cast<float>(wide); };
+  parallel_for(1, 1, 1, round);  // where subnormals are kept
   return {reinterpret_cast<const uint64_t*>(seeds),
           reinterpret_cast<const uint32_t*>(queries),
           reinterpret_cast<const float*>(scales),
@@ -126,7 +129,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "perturb",
       [](const Tensor& out, const Tensor& base, Sizes shape, uint64_t offset, int64_t row_stride,
-         uint64_t seed, uint32_t stream, uint32_t query, float scale, int threads) {
+         uint64_t seed, uint32_t stream, uint32_t query, double scale, int threads) {
         perturb(view(out), view(base), {std::move(shape), offset, row_stride},
                 {seed, stream, query}, scale, threads);
       },
@@ -135,7 +138,7 @@ PYBIND11_MODULE(_C, module) {
       "accumulate",
       [](const Tensor& out, const Tensor& base, Sizes shape, uint64_t offset, int64_t row_stride,
          const std::vector<uint64_t>& seeds, uint32_t stream, const std::vector<uint32_t>& queries,
-         const std::vector<float>& scales, int threads) {
+         const std::vector<double>& scales, int threads) {
         std::vector<Direction> directions;
         for (size_t k = 0; k < seeds.size(); k++)
           directions.push_back({seeds[k], stream, queries[k]});
@@ -153,7 +156,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "add_low_rank",
       [](const Tensor& out, const Tensor& master, const Sizes& shape, uintptr_t u, uintptr_t v,
-         int64_t rank, float scale, int threads) {
+         int64_t rank, double scale, int threads) {
         add_low_rank(view(out), view(master), shape, reinterpret_cast<const float*>(u),
                      reinterpret_cast<const float*>(v), rank, scale, threads);
       },

@@ -243,11 +243,12 @@ void gaussian(const View& out, const Numbering& numbering, Direction direction, 
 }
 
 void perturb(const View& out, const View& base, const Numbering& numbering, Direction direction,
-             float scale, int threads) {
+             double scale, int threads) {
   const Kernels& isa = kernels();
   for_each_run(out, base, Base::kRead, numbering, threads,
                [&](char* to, char* from, int64_t count, uint64_t index) {
-                 isa.perturb(to, out.dtype, from, base.dtype, count, index, direction, scale);
+                 isa.perturb(to, out.dtype, from, base.dtype, count, index, direction,
+                             static_cast<float>(scale));
                });
 }
 
@@ -255,13 +256,14 @@ void perturb(const View& out, const View& base, const Numbering& numbering, Dire
 // round(master) at the end. The loop over the directions runs inside a chunk that stays in the L1
 // cache, so the weights pass through memory once.
 void accumulate(const View& out, const View& base, const Numbering& numbering,
-                const std::vector<Direction>& directions, const std::vector<float>& scales,
+                const std::vector<Direction>& directions, const std::vector<double>& scales,
                 int threads) {
   const Kernels& isa = kernels();
   const int64_t normals = static_cast<int64_t>(directions.size());
   const auto add_all = [&](char* master, int64_t count, uint64_t index) {
     for (size_t k = 0; k < directions.size(); k++)
-      isa.perturb(master, base.dtype, master, base.dtype, count, index, directions[k], scales[k]);
+      isa.perturb(master, base.dtype, master, base.dtype, count, index, directions[k],
+                  static_cast<float>(scales[k]));
   };
   if (!out.data)
     return for_each_run(
@@ -292,7 +294,7 @@ bool is_rounded(const char* out, DType out_dtype, const char* master, int64_t co
 }
 
 void add_low_rank(const View& out, const View& master, const std::vector<int64_t>& shape,
-                  const float* u, const float* v, int64_t rank, float scale, int threads) {
+                  const float* u, const float* v, int64_t rank, double scale, int threads) {
   const Kernels& isa = kernels();
   const int64_t columns = shape.back();
   // A gap in the numbers behind each row keeps the runs within rows.
@@ -302,7 +304,7 @@ void add_low_rank(const View& out, const View& master, const std::vector<int64_t
                  const int64_t place = static_cast<int64_t>(index);
                  const int64_t row = place / row_stride, column = place % row_stride;
                  isa.add_low_rank(to, out.dtype, from, {u + row * rank, v + column, columns, rank},
-                                  count, scale);
+                                  count, static_cast<float>(scale));
                });
 }
 

@@ -24,12 +24,13 @@ struct Numbering {
 
 void gaussian(const View& out, const Numbering& numbering, Direction direction, int threads);
 
+// Scales are rounded to float32 where subnormals are kept (parallel.h): a caller may flush them.
 void perturb(const View& out, const View& base, const Numbering& numbering, Direction direction,
-             float scale, int threads);
+             double scale, int threads);
 
 // base += scales[k] * z(directions[k]) in order; then out = round(base) where out.data is not null.
 void accumulate(const View& out, const View& base, const Numbering& numbering,
-                const std::vector<Direction>& directions, const std::vector<float>& scales,
+                const std::vector<Direction>& directions, const std::vector<double>& scales,
                 int threads);
 
 // Whether `count` values of out are the bits of round(master).
@@ -38,7 +39,7 @@ bool is_rounded(const char* out, DType out_dtype, const char* master, int64_t co
 // out = round(master + scale * U V^T) of a (rows, columns) matrix: `u` has `rank` numbers for each
 // row side by side, `v` `columns` for each of V^T; out may be the master.
 void add_low_rank(const View& out, const View& master, const std::vector<int64_t>& shape,
-                  const float* u, const float* v, int64_t rank, float scale, int threads);
+                  const float* u, const float* v, int64_t rank, double scale, int threads);
 
 // Statistics of a contiguous (rows, channels) matrix: over all of it, or along one side; `out` has
 // arrays of length 1, `channels` or `rows`.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bits import assert_same_bits, bits, reference_perturb, store
-from dlzo_kernels import gaussian, reference
+from dlzo_kernels import _C, accumulate_, gaussian, perturb_, reference, zo_replay
+from dlzo_kernels.ops._parts import Directions, Part
+from dlzo_kernels.ops.add_low_rank import add_low_rank
 from noise_edges import PLACES
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "noise_v1.json").read_text())
@@ -108,13 +113,47 @@ def test_the_global_random_state_is_untouched():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_subnormals_are_kept_whatever_the_caller_set():
+@contextmanager
+def flushing() -> Iterator[None]:
     torch.set_flush_denormal(True)
     try:
-        z = gaussian((100_000,), 1, dtype=torch.float16)
+        yield
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_subnormals_are_kept_whatever_the_caller_set():
+    with flushing():
+        z = gaussian((100_000,), 1, dtype=torch.float16)
     assert_same_bits(z, gaussian((100_000,), 1, dtype=torch.float16))
+
+
+TINY = 1e-39  # subnormal in float32
+FACTORS = torch.full((64, 2), 1e3), torch.full((64, 2), 1e3)
+SCALED = {
+    "perturb_": lambda w: perturb_(w, 1, TINY),
+    "accumulate_": lambda w: accumulate_(w, [1, 2], [TINY, TINY]),
+    "zo_replay": lambda w: zo_replay(w, [1, 2], [TINY, TINY], [0, 0]),
+    "add_low_rank": lambda w: add_low_rank(w, w, *FACTORS, TINY),
+}
+
+
+@pytest.mark.parametrize("op", SCALED.values(), ids=SCALED)
+def test_a_subnormal_scale_is_kept_whatever_the_caller_set(op):
+    w, expected = torch.zeros(64, 64), torch.zeros(64, 64)
+    op(expected)
+    with flushing():
+        op(w)
+    assert expected.any()
+    assert_same_bits(w, expected)
+
+
+def test_a_subnormal_scale_is_kept_in_the_plan_of_a_launch():
+    plan = partial(_C.gpu.perturb, 0, 0, [Part(64, 64, 1, 1, 1, 1, 1, 1, 0, 1, 0)])
+    expected = plan(Directions(1, seed=1, scale=TINY))
+    with flushing():
+        found = plan(Directions(1, seed=1, scale=TINY))
+    assert found[0].argument == expected[0].argument != plan(Directions(1, seed=1))[0].argument
 
 
 @pytest.mark.parametrize(
