@@ -33,35 +33,42 @@ class StepResult:
         """The losses at plus, those at minus, the projected gradients, and whether applied."""
         self._numbers = numbers
 
-    @property
-    def _read(self) -> list[float]:
+    def _parts(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], bool]:
         numbers = self._numbers
-        return numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+        *each, applied = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        count = len(each) // 3
+        return (
+            tuple(each[:count]),
+            tuple(each[count : 2 * count]),
+            tuple(each[2 * count :]),
+            bool(applied),
+        )
 
     def __eq__(self, other: object) -> bool:
-        return self._read == other._read if isinstance(other, StepResult) else NotImplemented
+        return self._parts() == other._parts() if isinstance(other, StepResult) else NotImplemented
 
     def __repr__(self) -> str:
+        *each, applied = self._parts()
+        plus, minus, grad = map(_mean, each)
         return (
-            f"StepResult(loss_plus={self.loss_plus}, loss_minus={self.loss_minus}, "
-            f"projected_grad={self.projected_grad}, applied={self.applied})"
+            f"StepResult(loss_plus={plus}, loss_minus={minus}, projected_grad={grad}, "
+            f"applied={applied})"
         )
 
     @property
     def losses_plus(self) -> tuple[float, ...]:
         """Loss at master + eps z, one per direction."""
-        return tuple(self._read[: len(self._read) // 3])
+        return self._parts()[0]
 
     @property
     def losses_minus(self) -> tuple[float, ...]:
         """Loss at master - eps z, one per direction."""
-        directions = len(self._read) // 3
-        return tuple(self._read[directions : 2 * directions])
+        return self._parts()[1]
 
     @property
     def projected_grads(self) -> tuple[float, ...]:
         """(loss_plus - loss_minus) / (2 eps), one per direction."""
-        return tuple(self._read[2 * (len(self._read) // 3) : -1])
+        return self._parts()[2]
 
     @property
     def applied(self) -> bool:
@@ -69,22 +76,26 @@ class StepResult:
 
         Then nothing was moved.
         """
-        return bool(self._read[-1])
+        return self._parts()[3]
 
     @property
     def loss_plus(self) -> float:
         """Mean of losses_plus."""
-        return sum(self.losses_plus) / len(self.losses_plus)
+        return _mean(self.losses_plus)
 
     @property
     def loss_minus(self) -> float:
         """Mean of losses_minus."""
-        return sum(self.losses_minus) / len(self.losses_minus)
+        return _mean(self.losses_minus)
 
     @property
     def projected_grad(self) -> float:
         """Mean of projected_grads."""
-        return sum(self.projected_grads) / len(self.projected_grads)
+        return _mean(self.projected_grads)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 @overload
@@ -143,7 +154,8 @@ def zo_step(
     Args:
         layer: a module (its parameters that require grad are tuned), a tensor, or an iterable of
             both. z of the parameter with ordinal i among all parameters has stream i. Of a DTensor,
-            each process moves its own shard, by its part of the full tensor's z.
+            each process moves its own shard, by its part of the full tensor's z. A write of others
+            anywhere in the base of a view counts as one to the view, whose master is made anew.
         seed: of z, in [0, 2^64); or one int64 in the layer's memory, whose bits it is.
         eps: size of the perturbation, > 0.
         lr: step size, >= 0.
@@ -159,7 +171,8 @@ def zo_step(
 
     Raises:
         ValueError: a number is out of range, or a parameter cannot be tuned; it is named.
-        TypeError: the layer is none of the three, or a parameter has a dtype of another kind.
+        TypeError: the layer is none of the three, or a parameter is not float32, bfloat16 or
+            float16.
         NotImplementedError: there is no kernel for the device of a parameter.
         RuntimeError: another step has the layer perturbed; or `closure` gave a parameter other
             memory.

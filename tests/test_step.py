@@ -1104,6 +1104,18 @@ def test_a_result_in_memory_is_read_anew_at_each_look():
     assert not result.applied
 
 
+def test_a_look_at_a_result_reads_it_once(monkeypatch):
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or tolist(x))
+    result = StepResult(torch.tensor([2.0, 4.0, 1.0, 1.0, 5.0, 8.0, 1.0]))
+    assert result.losses_minus == (1.0, 1.0) and result.loss_plus == 3.0
+    assert len(reads) == 2
+    assert repr(result) == (
+        "StepResult(loss_plus=3.0, loss_minus=1.0, projected_grad=6.5, applied=True)"
+    )
+    assert len(reads) == 3
+
+
 def test_a_loss_above_the_limit_moves_nothing():
     layer = layer_of()
     before = copies(layer)
