@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from dlzo_kernels import _C
+from dlzo_kernels._version import NOISE_VERSION, __version__
 from dlzo_kernels.ops import _gpu
 
 
@@ -62,8 +63,6 @@ def has_slow_bfloat16() -> bool:
 
 def report() -> str:
     """The text that `python -m dlzo_kernels` prints."""
-    from dlzo_kernels._version import NOISE_VERSION, __version__
-
     lines = [
         f"dlzo_kernels {__version__}, noise v{NOISE_VERSION}, torch {torch.__version__}",
         f"CPU: {_C.selected_isa()} in use, {torch.get_num_threads()} threads "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dlzo_kernels import _C
+from dlzo_kernels.ops import _triton
 from dlzo_kernels.ops._parts import Directions
 
 COLUMNS = ("cuda", "triton")
@@ -39,8 +40,6 @@ def why_not(column: str) -> str:
 @cache
 def why_no_triton() -> str:
     """Why Triton's kernels cannot be compiled, in words; empty where they can."""
-    from dlzo_kernels.ops import _triton  # which imports this module
-
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'dlzo-kernels[triton]'"
     if not _triton.available():
@@ -52,8 +51,6 @@ def why_no_triton() -> str:
 
 
 def _why_not_exact() -> str:
-    from dlzo_kernels.ops import _triton
-
     major, minor = torch.cuda.get_device_capability()
     packs_pairs = torch.version.hip is None and major >= 10
     return _triton.why_not_exact(10 * major + minor) if packs_pairs else ""
