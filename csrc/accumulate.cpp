@@ -1,5 +1,5 @@
-// What accumulate does beside perturbing a chunk of the master again and again (cpu.cpp): rounding
-// it into the live weights; and whether these are what that would give.
+// accumulate's other two parts: rounding the master into the live weights, and checking that they
+// are that rounding.
 #include "kernels.h"
 
 namespace dlzo::DLZO_ISA {

@@ -2,8 +2,7 @@
 
 z of an (m, n) matrix is U V^T, of rank r: U is (m, r) and new in each step, V is (n, r) and stays
 for a number of steps, by its seed. The update is divided by r, as the mean of <G, U V^T> U V^T is
-r G.
-Any other tensor has the z of `zo_step`.
+r G. Any other tensor has the z of `zo_step`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The kernels, one module each: PyTorch operators, but for add_low_rank, which steps alone use."""
+"""One module per kernel, each a PyTorch operator; add_low_rank is a plain function for steps."""

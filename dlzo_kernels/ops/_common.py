@@ -96,7 +96,7 @@ def check_scale(scale: float | Tensor) -> None:
 
 
 def is_unread(numbers: object) -> bool:
-    """Whether numbers are a tensor in device memory, for which nothing waits, or one of a trace."""
+    """Whether the values cannot be read here: reading would wait for a GPU or break a trace."""
     return isinstance(numbers, Tensor) and (numbers.is_cuda or not is_eager(numbers))
 
 
@@ -169,7 +169,10 @@ def check_same_device(name: str, tensor: Tensor, other: str, device: torch.devic
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the ranges of two non-empty tensors meet, unless as columns of one matrix do."""
+    """Whether the ranges of two non-empty tensors meet.
+
+    Separate column blocks of one matrix do not count as meeting.
+    """
     a_begin, b_begin = a.data_ptr(), b.data_ptr()
     if a_begin >= b_begin + extent(b) or b_begin >= a_begin + extent(a):
         return False

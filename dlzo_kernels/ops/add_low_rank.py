@@ -30,8 +30,8 @@ def add_low_rank(out: Tensor, master: Tensor, u: Tensor, v: Tensor, scale: float
     if out.is_cpu:
         columns = v.t().contiguous()
         addresses = u.data_ptr(), columns.data_ptr()
-        numbers = u.shape[1], scale, torch.get_num_threads()
-        _C.add_low_rank(pack(out), pack(master), out.shape, *addresses, *numbers)
+        threads = torch.get_num_threads()
+        _C.add_low_rank(pack(out), pack(master), out.shape, *addresses, u.shape[1], scale, threads)
         mark_written(out)
         return
     height = max(1, _CHUNK // max(1, len(v)))
