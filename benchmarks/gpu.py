@@ -26,17 +26,33 @@ from statistics import median
 
 import torch
 import transformers
-from mezo import Batch, batch_loss, inference, mezo_step
-from speed import our_step
+from mezo import (
+    Batch,
+    batch_loss,
+    inference,
+    mezo_step,
+    our_step,
+    padded,
+    perturb_with_kernels,
+)
 from timing import Run
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
-from transformers import Qwen3Config as Qwen3
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 import dlzo_kernels as dk
 from dlzo.models import decoder_layers
-from dlzo.scoring import EncodedExample, Option, PrefixCache, Scorer
+from dlzo.scoring import EncodedExample, PrefixCache, Scorer
+from dlzo.tasks import TrainingLoss
 from dlzo_kernels.ops import _gpu
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,6 +62,8 @@ BATCH_SIZE = 16
 # Shape of a task's batch: options of an example, tokens of a prompt, tokens of an option.
 TASKS = {"SST-2": (2, 28, 1), "COPA": (2, 16, 6), "RTE": (2, 80, 1), "SQuAD": (1, 190, 5)}
 EPS, LR = 1e-3, 1e-6
+# Random models have no tokenizer of their own, and random tokens need none.
+WORDLESS = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))
 
 
 def milliseconds(runs: dict[str, Run], rounds: int = ROUNDS) -> dict[str, float]:
@@ -149,7 +167,7 @@ def llama2_7b() -> PretrainedConfig:
 
 
 def qwen3_8b() -> PretrainedConfig:
-    return Qwen3(
+    return Qwen3Config(
         vocab_size=151936,
         hidden_size=4096,
         intermediate_size=12288,
@@ -181,8 +199,7 @@ def passes(model: PreTrainedModel, layer: nn.Module) -> dict[str, float]:
 
     def with_our_kernels(parameters: list[nn.Parameter]) -> None:
         for scale in (EPS, -2 * EPS, EPS, -LR):
-            for stream, parameter in enumerate(parameters):
-                dk.perturb_(parameter.detach(), 1, scale, stream=stream)
+            perturb_with_kernels(parameters, 1, scale)
 
     of_layer = list(layer.parameters())
     ours = milliseconds({"layer, exact": exact})
@@ -198,50 +215,38 @@ def passes(model: PreTrainedModel, layer: nn.Module) -> dict[str, float]:
     return ours | theirs
 
 
-def batches(task: str, vocabulary: int) -> tuple[Batch, list[EncodedExample]]:
+def batches(model: PreTrainedModel, task: str) -> tuple[Batch, list[EncodedExample]]:
     """One random batch, as MeZO pads it and as we encode it."""
     options, prompt_length, option_length = TASKS[task]
+    vocabulary = model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH_SIZE, prompt_length)
     prompts = torch.randint(5, vocabulary, shape, generator=generator).tolist()
     endings = [[5 + option + i for i in range(option_length)] for option in range(options)]
-    texts = [prompt + ending for prompt in prompts for ending in endings]
-    padding = -len(texts[0]) % 8
-    padded = Batch(
-        input_ids=torch.tensor([[0] * padding + text for text in texts], device="cuda"),
-        attention_mask=torch.tensor(
-            [[0] * padding + [1] * len(text) for text in texts], device="cuda"
-        ),
-        option_lengths=torch.tensor([option_length] * len(texts), device="cuda"),
-        option_counts=(options,) * BATCH_SIZE,
-        gold=torch.zeros(BATCH_SIZE, dtype=torch.int64, device="cuda"),
-        training_loss="gold" if options == 1 else "options",
-    )
-    encoded = []
-    for prompt in prompts:
-        sequences = dict.fromkeys(tuple(prompt + ending)[:-1] for ending in endings)
-        places = {sequence: i for i, sequence in enumerate(sequences)}
-        chosen = tuple(Option(places[tuple(prompt + e)[:-1]], tuple(e)) for e in endings)
-        encoded.append(EncodedExample(tuple(sequences), chosen, 0))
-    return padded, encoded
+    examples = [[(prompt + ending, option_length) for ending in endings] for prompt in prompts]
+    texts, option_lengths = zip(*itertools.chain(*examples), strict=True)
+    loss: TrainingLoss = "gold" if options == 1 else "options"
+    counts, gold = [options] * BATCH_SIZE, [0] * BATCH_SIZE
+    batch = padded(texts, option_lengths, counts, gold, loss, model.device)
+    return batch, [EncodedExample.of_texts(texts, 0) for texts in examples]
 
 
 def steps(model: PreTrainedModel, layer: nn.Module) -> Iterator[dict[str, object]]:
     """A whole step of each kind on the batch of each task."""
     for task in TASKS:
-        padded, encoded = batches(task, model.config.vocab_size)
+        batch, encoded = batches(model, task)
         runs = {
-            "two inferences": lambda: [inference(model, padded) for _ in range(2)],  # noqa: B023
-            "ours, prefix computed": ours(model, layer, encoded, padded, None),
-            "ours, prefix cached": ours(model, layer, encoded, padded, PrefixCache(1 << 33)),
+            "two inferences": lambda: [inference(model, batch) for _ in range(2)],  # noqa: B023
+            "ours, prefix computed": ours(model, layer, encoded, batch, None),
+            "ours, prefix cached": ours(model, layer, encoded, batch, PrefixCache(1 << 33)),
         }
         found = milliseconds(runs)
         # Apart: it writes all weights, of which ours keeps a copy for its layer.
-        found |= milliseconds({"MeZO": lambda: mezo(model, padded)}, rounds=3)  # noqa: B023
+        found |= milliseconds({"MeZO": lambda: mezo(model, batch)}, rounds=3)  # noqa: B023
         for variant in list(runs)[1:]:
             found[f"MeZO / {variant}"] = found["MeZO"] / found[variant]
             found[f"{variant} / two inferences"] = found[variant] / found["two inferences"]
-        yield {"task": task, "padded positions": padded.input_ids.numel(), **found}
+        yield {"task": task, "padded positions": batch.input_ids.numel(), **found}
 
 
 def mezo(model: PreTrainedModel, batch: Batch) -> None:
@@ -252,10 +257,10 @@ def ours(
     model: PreTrainedModel,
     layer: nn.Module,
     encoded: list[EncodedExample],
-    padded: Batch,
+    batch: Batch,
     cache: PrefixCache | None,
 ) -> Run:
-    scorer = Scorer(model, None, layer, loss=padded.training_loss, cache=cache)
+    scorer = Scorer(model, WORDLESS, layer, loss=batch.training_loss, cache=cache)
     scorer.cache_prefixes(encoded)
     return lambda: our_step(scorer, encoded, seed=1, eps=EPS, lr=LR)
 

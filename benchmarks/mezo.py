@@ -3,6 +3,7 @@
 Written from its description, on plain transformers: one padded batch of whole texts, all logits,
 and four passes over the weights that each draw the noise anew. Weight decay is left out: the
 official update adds the term for matrices even where it is 0, so this one is a little faster.
+Beside it what it is compared with: its passes with our noise, and our step.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlzo.scoring import max_length, truncate
+from dlzo.scoring import EncodedExample, Scorer, max_length, truncate
 from dlzo.tasks import Example, TrainingLoss
+from dlzo_kernels import perturb_, zo_step
 from dlzo_kernels.step import StepResult
 
 PAD_TO_MULTIPLE_OF = 8
@@ -61,17 +63,29 @@ def encode_batch(
             tokens = tokenizer((example.prompt + option).strip(" ")).input_ids
             texts.append(truncate(tokens, limit, tokenizer))
             option_lengths.append(len(tokens) - len(prompt))
+    option_counts = [len(example.options) for example in examples]
+    gold = [example.gold for example in examples]
+    return padded(texts, option_lengths, option_counts, gold, training_loss, model.device)
+
+
+def padded(
+    texts: Sequence[list[int]],
+    option_lengths: Sequence[int],
+    option_counts: Sequence[int],
+    gold: Sequence[int],
+    training_loss: TrainingLoss,
+    device: torch.device,
+) -> Batch:
+    """Texts as tokens, padded on the left; the other arguments are the fields of Batch."""
     longest = max(map(len, texts))
     padding = [longest + -longest % PAD_TO_MULTIPLE_OF - len(text) for text in texts]
     rows = list(zip(padding, texts, strict=True))
     return Batch(
-        input_ids=torch.tensor([[0] * n + text for n, text in rows], device=model.device),
-        attention_mask=torch.tensor(
-            [[0] * n + [1] * len(text) for n, text in rows], device=model.device
-        ),
-        option_lengths=torch.tensor(option_lengths, device=model.device),
-        option_counts=tuple(len(example.options) for example in examples),
-        gold=torch.tensor([example.gold for example in examples], device=model.device),
+        input_ids=torch.tensor([[0] * n + text for n, text in rows], device=device),
+        attention_mask=torch.tensor([[0] * n + [1] * len(text) for n, text in rows], device=device),
+        option_lengths=torch.tensor(option_lengths, device=device),
+        option_counts=tuple(option_counts),
+        gold=torch.tensor(gold, device=device),
         training_loss=training_loss,
     )
 
@@ -149,3 +163,17 @@ def _noise(parameter: nn.Parameter) -> Tensor:
     return torch.normal(
         mean=0, std=1, size=parameter.shape, device=parameter.device, dtype=parameter.dtype
     )
+
+
+def perturb_with_kernels(parameters: Iterable[nn.Parameter], seed: int, scale: float) -> None:
+    """A pass as MeZO's, w += scale * z, with noise that our kernels make on the fly."""
+    for stream, parameter in enumerate(parameters):
+        perturb_(parameter.detach(), seed, scale, stream=stream)
+
+
+def our_step(
+    scorer: Scorer, encoded: Sequence[EncodedExample], seed: int, eps: float, lr: float
+) -> None:
+    """The step of `dlzo train`."""
+    step = zo_step(scorer.layer, seed, eps, lr)
+    step.update(*scorer.losses(scorer.plan(encoded), [step.plus, step.minus]))

@@ -24,8 +24,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from matplotlib.figure import Figure
-from mezo import encode_batch, inference
-from speed import our_step
+from mezo import encode_batch, inference, our_step
 from tables import read_rows, write_rows
 from timing import Run, interleaved
 from transformers import (
@@ -39,7 +38,7 @@ from dlzo.config import TrainConfig
 from dlzo.demo import demo_data
 from dlzo.models import decoder_layers, load_model
 from dlzo.sampler import batch_of
-from dlzo.scoring import EncodedExample, Option, PrefixCache, Scorer
+from dlzo.scoring import EncodedExample, PrefixCache, Scorer
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import train
 
@@ -63,10 +62,15 @@ FIELDS = ("figure", "x", "two_inferences", "ours_cold", "ours_cached", "unit")
 def batch(length: int, vocabulary: int) -> list[EncodedExample]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (BATCH_SIZE, length), generator=generator).tolist()
-    return [EncodedExample((tuple(row),), (Option(0, (1,)), Option(0, (2,))), 0) for row in tokens]
+    return [EncodedExample.of_texts([([*row, 1], 1), ([*row, 2], 1)], 0) for row in tokens]
 
 
-def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample]) -> dict[str, Run]:
+def variants(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layer: int,
+    examples: list[EncodedExample],
+) -> dict[str, Run]:
     rows = torch.tensor([example.sequences[0] for example in examples])
     tuned = decoder_layers(model)[layer]
 
@@ -76,7 +80,7 @@ def variants(model: PreTrainedModel, layer: int, examples: list[EncodedExample])
             model(rows)
 
     def ours(cache: PrefixCache | None) -> Run:
-        scorer = Scorer(model, None, tuned, cache=cache)
+        scorer = Scorer(model, tokenizer, tuned, cache=cache)
         scorer.cache_prefixes(examples)
         return lambda: our_step(scorer, examples, seed=0, eps=1e-3, lr=1e-6)
 
@@ -107,22 +111,22 @@ def random_llama(size: str) -> PreTrainedModel:
 
 
 def measure() -> Iterator[tuple[object, ...]]:
-    model, _ = load_model("smollm2")
+    model, tokenizer = load_model("smollm2")  # the random models have its vocabulary
     vocabulary = model.config.vocab_size
     for length in LENGTHS:
-        found = milliseconds(variants(model, 11, batch(length, vocabulary)))
+        found = milliseconds(variants(model, tokenizer, 11, batch(length, vocabulary)))
         yield "tokens", length * BATCH_SIZE, *found.values(), "ms"
     for layer in LAYERS:
-        found = milliseconds(variants(model, layer, batch(32, vocabulary)))
+        found = milliseconds(variants(model, tokenizer, layer, batch(32, vocabulary)))
         yield "layer", layer, *found.values(), "ms"
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found = milliseconds(variants(model, 11, batch(32, vocabulary)))
+        found = milliseconds(variants(model, tokenizer, 11, batch(32, vocabulary)))
         yield "threads", threads, *found.values(), "ms"
     for size in SIZES:
         random = random_llama(size)
         layer = len(decoder_layers(random)) * 11 // 30
-        found = milliseconds(variants(random, layer, batch(32, vocabulary)))
+        found = milliseconds(variants(random, tokenizer, layer, batch(32, vocabulary)))
         yield "size", size, *found.values(), "ms"
     for work in WORKS:
         memory = [peak_memory(work, name) for name in FIELDS[2:5]]
@@ -145,8 +149,8 @@ def use_memory(work: str, variant: str) -> None:
     print(int(peak) * 1024 // 10**6)
 
 
-def take_steps(model: PreTrainedModel, _: PreTrainedTokenizerBase, variant: str) -> None:
-    step = variants(model, 11, batch(64, model.config.vocab_size))[variant]
+def take_steps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variant: str) -> None:
+    step = variants(model, tokenizer, 11, batch(64, model.config.vocab_size))[variant]
     for _ in range(3):
         step()
 

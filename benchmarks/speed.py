@@ -22,7 +22,15 @@ from statistics import median, quantiles
 from typing import Any
 
 from matplotlib.figure import Figure
-from mezo import Batch, batch_loss, encode_batch, inference, mezo_step
+from mezo import (
+    Batch,
+    batch_loss,
+    encode_batch,
+    inference,
+    mezo_step,
+    our_step,
+    perturb_with_kernels,
+)
 from tables import append, markdown, matching, read_rows, write_rows
 from timing import Run, processor, seconds
 from transformers import PreTrainedModel
@@ -31,7 +39,7 @@ from dlzo.models import decoder_layers, load_model, parse_dtype
 from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example, get_task, load_split
-from dlzo_kernels import perturb_, zo_step
+from dlzo_kernels import zo_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -98,26 +106,15 @@ class Contestants:
             yield variant, positions, lambda: our_step(scorer, encoded, seed, EPS, LR)  # noqa: B023
 
 
-def our_step(scorer: Scorer, encoded: list, seed: int, eps: float, lr: float) -> None:
-    """The step of `dlzo train`."""
-    step = zo_step(scorer.layer, seed, eps, lr)
-    step.update(*scorer.losses(scorer.plan(encoded), [step.plus, step.minus]))
-
-
 def mezo_step_with_kernels(model: PreTrainedModel, batch: Batch, seed: int) -> None:
     """MeZO's four passes over all weights and two plain losses, with noise made on the fly."""
     parameters = list(model.parameters())
-
-    def perturb(scale: float) -> None:
-        for stream, parameter in enumerate(parameters):
-            perturb_(parameter.detach(), seed, scale, stream=stream)
-
-    perturb(EPS)
+    perturb_with_kernels(parameters, seed, EPS)
     plus = batch_loss(model, batch)
-    perturb(-2 * EPS)
+    perturb_with_kernels(parameters, seed, -2 * EPS)
     minus = batch_loss(model, batch)
-    perturb(EPS)
-    perturb(-LR * ((plus - minus) / (2 * EPS)).item())
+    perturb_with_kernels(parameters, seed, EPS)
+    perturb_with_kernels(parameters, seed, -LR * ((plus - minus) / (2 * EPS)).item())
 
 
 def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int) -> None:

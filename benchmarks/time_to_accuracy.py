@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from mezo import batch_loss, encode_batch, mezo_step
+from mezo import batch_loss, encode_batch, mezo_step, our_step
 from quality import BUDGETS, RUNS
-from speed import BATCH_SIZE, our_step
+from speed import BATCH_SIZE
 from tables import append, matching, read_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,16 @@ class EncodedExample:
     options: tuple[Option, ...]
     gold: int
 
+    @classmethod
+    def of_texts(cls, texts: Iterable[tuple[Sequence[int], int]], gold: int) -> EncodedExample:
+        """Of whole texts as tokens, each with how many of its last ones are the option."""
+        sequences: dict[tuple[int, ...], int] = {}
+        options = []
+        for tokens, length in texts:
+            sequence = sequences.setdefault(tuple(tokens[:-1]), len(sequences))
+            options.append(Option(sequence, tuple(tokens[-length:])))
+        return cls(tuple(sequences), tuple(options), gold)
+
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, example: Example, limit: int = MAX_LENGTH
@@ -45,8 +55,7 @@ def encode(
         UserError: an option has no token of its own, or leaves none of the prompt.
     """
     prompt_length = len(tokenizer(example.prompt.strip(" ")).input_ids)
-    sequences: dict[tuple[int, ...], int] = {}
-    options = []
+    texts = []
     for option in example.options:
         tokens = tokenizer((example.prompt + option).strip(" ")).input_ids
         length = len(tokens) - prompt_length
@@ -56,10 +65,8 @@ def encode(
                 f"{len(tokens)} tokens: option and prompt need at least one each, and the "
                 f"option fewer than {limit}"
             )
-        tokens = truncate(tokens, limit, tokenizer)
-        sequence = sequences.setdefault(tuple(tokens[:-1]), len(sequences))
-        options.append(Option(sequence, tuple(tokens[-length:])))
-    return EncodedExample(tuple(sequences), tuple(options), example.gold)
+        texts.append((truncate(tokens, limit, tokenizer), length))
+    return EncodedExample.of_texts(texts, example.gold)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
