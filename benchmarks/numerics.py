@@ -11,8 +11,8 @@ SmolLM2-135M-Instruct (de-quantised Q4_1). Lands in results/numerics.csv; what i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model
 from dlzo.sampler import batch_of, step_seed
-from dlzo.scoring import PrefixCache, Scorer
+from dlzo.scoring import PrefixCache, Scorer, State
 from dlzo.tasks import get_task, load_split
 from dlzo_kernels import zo_step
 
@@ -105,21 +105,18 @@ class Arithmetics:
         return difference
 
 
-def _rounded(layer: nn.Module, state: Callable) -> Callable:
+def _rounded(layer: nn.Module, state: State) -> State:
     """The state with its weights rounded to bfloat16; the state itself puts them back."""
 
-    class Rounded:
-        def __enter__(self) -> None:
-            self.inner = state()
-            self.inner.__enter__()
+    @contextmanager
+    def rounded() -> Iterator[None]:
+        with state():
             with torch.no_grad():
                 for parameter in layer.parameters():
                     parameter.copy_(parameter.bfloat16())
+            yield
 
-        def __exit__(self, *error: object) -> None:
-            self.inner.__exit__(*error)
-
-    return Rounded
+    return rounded
 
 
 def rms(values: list[float]) -> float:
