@@ -16,16 +16,14 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from results import RESULTS, ROOT, write_json
 
 from dlzo.config import TrainConfig
-from dlzo.files import replace_text
 from dlzo.models import load_model
 from dlzo.plots import tidy
 from dlzo.probe import probe
 from dlzo.trainer import train
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = ROOT / "docs" / "first-light.png"
 SEEDS = (0, 1, 2)
 STEPS = 600
@@ -36,8 +34,7 @@ def measured(name: str, run: Any) -> dict[str, Any]:
     """The result called `name`: of its file, else of `run`."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        text = json.dumps(run(), indent=1) + "\n"
-        replace_text(path, text)
+        write_json(path, run())
     return json.loads(path.read_text())
 
 

@@ -35,7 +35,8 @@ from mezo import (
     padded,
     perturb_with_kernels,
 )
-from timing import Run
+from results import RESULTS, write_json
+from timing import Call
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -55,7 +56,6 @@ from dlzo.scoring import EncodedExample, PrefixCache, Scorer
 from dlzo.tasks import TrainingLoss
 from dlzo_kernels.ops import _gpu
 
-RESULTS = Path(__file__).resolve().parent / "results"
 LAYER = 202_383_360  # parameters of a decoder layer of LLaMA2-7B
 ROUNDS = 9
 BATCH_SIZE = 16
@@ -66,7 +66,7 @@ EPS, LR = 1e-3, 1e-6
 WORDLESS = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))
 
 
-def milliseconds(runs: dict[str, Run], rounds: int = ROUNDS) -> dict[str, float]:
+def milliseconds(runs: dict[str, Call], rounds: int = ROUNDS) -> dict[str, float]:
     """Medians of runs that take turns, after one each to warm up."""
     for run in runs.values():
         run()
@@ -99,7 +99,7 @@ def kernels(copy_bytes_per_s: float) -> Iterator[dict[str, object]]:
     live = master.bfloat16()
     tokens = torch.randn(16 * 2048, 4096, device="cuda", dtype=torch.bfloat16)
     seeds, scales = list(range(16)), [1e-6] * 16
-    runs: dict[str, tuple[Run, int]] = {
+    runs: dict[str, tuple[Call, int]] = {
         "gaussian float32": (lambda: dk.gaussian((LAYER,), 1, device="cuda"), 4 * LAYER),
         "perturb_ float32": (lambda: dk.perturb_(master, 1, 1e-3), 8 * LAYER),
         "perturb_ bfloat16": (lambda: dk.perturb_(live, 1, 1e-3), 4 * LAYER),
@@ -259,7 +259,7 @@ def ours(
     encoded: list[EncodedExample],
     batch: Batch,
     cache: PrefixCache | None,
-) -> Run:
+) -> Call:
     scorer = Scorer(model, WORDLESS, layer, loss=batch.training_loss, cache=cache)
     scorer.cache_prefixes(encoded)
     return lambda: our_step(scorer, encoded, seed=1, eps=EPS, lr=LR)
@@ -267,9 +267,8 @@ def ours(
 
 def keep(results: dict[str, object], card: str) -> None:
     """Writes what there is, and prints it."""
-    text = json.dumps(results, indent=1)
-    (RESULTS / f"gpu_{card.lower().replace(' ', '_')}.json").write_text(text + "\n")
-    print(text, flush=True)
+    write_json(RESULTS / f"gpu_{card.lower().replace(' ', '_')}.json", results)
+    print(json.dumps(results, indent=1), flush=True)
 
 
 def main() -> None:

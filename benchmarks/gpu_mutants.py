@@ -13,25 +13,23 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from results import RESULTS, ROOT, write_json
 from torch import Tensor
 
 from dlzo_kernels import _C
 from dlzo_kernels.ops._common import DTYPE_CODES
 from dlzo_kernels.ops._parts import Directions, Operand
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # where the simulator lies
-from bits import assert_same_bits, reference_perturb, weights  # noqa: E402
-from noise_edges import SCALE, cancelled  # noqa: E402
-from ptx.compile import CSRC, nvcc_ptx  # noqa: E402
-from ptx.device import Device, operand_of  # noqa: E402
-from ptx.mutate import Mutant, mutants, run_mutants  # noqa: E402
+from bits import assert_same_bits, reference_perturb, weights
+from ptx.compile import CSRC, nvcc_ptx
+from ptx.device import Device, operand_of
+from ptx.mutate import Mutant, mutants, run_mutants
+from noise_edges import SCALE, cancelled
 
-RESULTS = ROOT / "benchmarks" / "results" / "gpu_mutants.json"
 BLOCK = 8192  # elements of a block of threads
 # Raw normals, and the kernel whose rounding hides most of an error in them.
 KERNELS = {"gaussian_float32": torch.float32, "perturb_bfloat16_bfloat16": torch.bfloat16}
@@ -165,7 +163,7 @@ def main() -> None:
             "survivors": [mutant.description for mutant in report.survived],
         }
         print(kernel, json.dumps(results[kernel], indent=1), flush=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(RESULTS / "gpu_mutants.json", results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ nvdisasm and cuobjdump; takes some minutes.
 
 from __future__ import annotations
 
-import csv
 import functools
 import heapq
 import re
@@ -28,14 +27,14 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
+from results import RESULTS, ROOT, write_rows
+
 from dlzo_kernels import _C
 from dlzo_kernels.ops._triton import Plan
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # where the tools for PTX and machine code lie
-from ptx.compile import Resources, resources, tool  # noqa: E402
+from ptx.compile import Resources, resources, tool
 
-RESULTS = ROOT / "benchmarks" / "results" / "gpu_static.csv"
 CLASSES = {
     "memory": r"LD|ST|ATOM|RED",
     "float": r"F(ADD|MUL|FMA|SETP|SEL|MNMX|CHK)|D(ADD|MUL|FMA)",
@@ -266,10 +265,9 @@ def main() -> None:
     if not hasattr(_C, "cuda"):
         sys.exit("this build has no CUDA kernels: install it where nvcc is on the PATH")
     table = [*rows()]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*FIELDS, *COUNTS])
-        writer.writeheader()
-        writer.writerows(table)
+    columns = (*FIELDS, *COUNTS)
+    whole = [{name: row.get(name, "") for name in columns} for row in table]
+    write_rows(RESULTS / "gpu_static.csv", whole)
     found = [problem for row in table for problem in problems(row)]
     print(*found, sep="\n")
     sys.exit(1 if found else 0)

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from timing import Run, Times, interleaved, processor
+from timing import Call, Times, interleaved, processor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,7 +61,7 @@ def isa(name: str) -> Iterator[None]:
         _C.select_isa(before)
 
 
-def under_each_isa(call: Run) -> dict[str, Run]:
+def under_each_isa(call: Call) -> dict[str, Call]:
     """The call under each ISA that this machine runs."""
 
     def under(name: str) -> None:
@@ -180,7 +180,7 @@ def bench_perturb(results: Results) -> None:
         def mezo(w: Tensor = w) -> Tensor:
             return w + torch.normal(mean=0.0, std=1.0, size=w.shape, dtype=w.dtype) * 1e-3
 
-        runs: dict[str, Run] = {
+        runs: dict[str, Call] = {
             "mezo": mezo,
             "perturb_": lambda w=w: dk.perturb_(w, 1, 1e-3),
             "perturb_into": lambda out=out, master=master: dk.perturb_into(out, master, 1, 1e-3),
@@ -204,7 +204,7 @@ def bench_low_rank(results: Results) -> None:
         def lozo(w: Tensor = w, factors: tuple[Tensor, Tensor] = factors) -> Tensor:
             return w + torch.matmul(*factors) * 1e-3
 
-        runs: dict[str, Run] = {
+        runs: dict[str, Call] = {
             "lozo": lozo,
             "ours": lambda out=out: add_low_rank(out, master, u, v, 1e-3),
         }
@@ -249,7 +249,7 @@ def bench_isas(results: Results) -> None:
     q, k, v = (torch.randn(1, heads, 512, 64).bfloat16() for heads in (9, 3, 3))
     parents = torch.arange(-1, 511)
     parents[::128] = -1
-    calls: dict[str, tuple[int, Run]] = {
+    calls: dict[str, tuple[int, Call]] = {
         "perturb_": (LAYER, lambda: dk.perturb_(w, 1, 1e-3)),
         "activation_stats per tensor": (LAYER, lambda: dk.activation_stats(w)),
         "rms_norm": (x.numel(), lambda: dk.rms_norm(x, weight, 1e-5)),
@@ -283,11 +283,11 @@ def bench_pools(results: Results, limits: Limits) -> None:
     """What a kernel costs between matmuls of torch: on torch's pool, and on a second one."""
     count = 1 << 17
     w, x, a = torch.randn(count).bfloat16(), torch.randn(count), torch.randn(256, 256)
-    kernels: dict[str, Run] = {"perturb_": lambda: dk.perturb_(w, 1, 1e-3)}
+    kernels: dict[str, Call] = {"perturb_": lambda: dk.perturb_(w, 1, 1e-3)}
     for pool in ("torch's pool", "a second pool"):
         kernels[f"arithmetic on {pool}"] = lambda pool=pool: limits.scale_on(pool, x, 2)
 
-    def repeat(*parts: Run) -> None:
+    def repeat(*parts: Call) -> None:
         for _ in range(POOL_REPEATS):
             for part in parts:
                 part()
@@ -321,7 +321,7 @@ def bench_stats(results: Results, limits: Limits) -> None:
     """Statistics in bfloat16 against a plain read of the same bytes."""
     x = torch.randn(LARGE // 2048, 2048).bfloat16()
     for count in (1, 2):
-        runs: dict[str, Run] = {"read": lambda count=count: limits.read(x, count)}
+        runs: dict[str, Call] = {"read": lambda count=count: limits.read(x, count)}
         for per in ("tensor", "token", "channel"):
             runs[per] = lambda per=per: dk.activation_stats(x, per=per)
         with threads(count):
@@ -358,7 +358,7 @@ def bench_attention(results: Results) -> None:
                 for parts in texts:
                     F.scaled_dot_product_attention(*parts, is_causal=True)
 
-            runs: dict[str, Run] = {
+            runs: dict[str, Call] = {
                 "torch": one_by_one,
                 "ours": lambda q=q, k=k, v=v, p=parents: dk.tree_attention(q, k, v, p),
             }
@@ -384,7 +384,7 @@ def bench_norm(results: Results) -> None:
             wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
             return weight * wide.to(x.dtype)
 
-        runs: dict[str, Run] = {
+        runs: dict[str, Call] = {
             "torch": lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-5),
             "llama": as_llama,
             "ours": lambda x=x, w=weight: dk.rms_norm(x, w, 1e-5),
@@ -402,7 +402,7 @@ def bench_norm(results: Results) -> None:
 def bench_calls(results: Results) -> None:
     """The cost of a call on a small tensor."""
     w, out = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
-    calls: dict[str, Run] = {
+    calls: dict[str, Call] = {
         "gaussian": lambda: dk.gaussian((64,), 1),
         "perturb_": lambda: dk.perturb_(w, 1, 1e-3),
         "perturb_into": lambda: dk.perturb_into(out, w, 1, 1e-3),
@@ -410,7 +410,7 @@ def bench_calls(results: Results) -> None:
         "activation_stats": lambda: dk.activation_stats(w),
     }
 
-    def repeat(call: Run) -> None:
+    def repeat(call: Call) -> None:
         for _ in range(2000):
             call()
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from tables import append, read_rows
+from results import RESULTS, append, read_rows
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ from dlzo.scoring import PrefixCache, Scorer, State
 from dlzo.tasks import get_task, load_split
 from dlzo_kernels import zo_step
 
-RESULTS = Path(__file__).resolve().parent / "results" / "numerics.csv"
+NUMERICS = RESULTS / "numerics.csv"
 LAYERS = (11, 5)
 EPSILONS = (1e-3, 1e-4, 1e-2, 3e-3, 3e-4)
 SEEDS = 8
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     arithmetics = Arithmetics(parser.parse_args().data)
-    done = {(row["layer"], row["eps"]) for row in read_rows(RESULTS)}
+    done = {(row["layer"], row["eps"]) for row in read_rows(NUMERICS)}
     for layer in LAYERS:
         differences = arithmetics.differences(layer)
         for eps in EPSILONS:
@@ -145,7 +145,7 @@ def main() -> None:
                 row = (layer, eps, name, f"{rms(truth):.3e}", f"{rms(errors):.3e}")
                 row += (f"{rms(errors) / rms(truth):.3f}", wrong, SEEDS)
                 rows.append(dict(zip(FIELDS, row, strict=True)))
-            append(RESULTS, FIELDS, rows)
+            append(NUMERICS, FIELDS, rows)
 
 
 if __name__ == "__main__":

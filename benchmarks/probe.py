@@ -7,19 +7,17 @@ The whole probe, and the time within it that hooks take, against the rest: forwa
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from results import RESULTS, write_json
 
 from dlzo import activations
 from dlzo.models import load_model
 from dlzo.probe import probe
 
-RESULT = Path(__file__).parent / "results" / "probe_cost.json"
 ROUNDS = 7
 
 
@@ -48,7 +46,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rounds": rounds,
     }
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(RESULTS / "probe_cost.json", found)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from speed import BATCH_SIZE, DTYPES, RESULTS, TASKS, Contestants
-from tables import read_rows, write_rows
-from timing import Run, seconds
+from results import RESULTS, read_rows, write_rows
+from speed import BATCH_SIZE, DTYPES, TASKS, Contestants
+from timing import Call, seconds
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import dlzo_kernels.masters
@@ -66,7 +66,7 @@ def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return recorded
 
 
-def profiled(step: Run) -> tuple[dict[str, float], float]:
+def profiled(step: Call) -> tuple[dict[str, float], float]:
     """Milliseconds by kind, and the matrix products' operations."""
     step()
     with ExitStack() as stack:

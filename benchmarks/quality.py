@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from tables import append, find, matching, read_rows, write_rows
+from results import RESULTS, ROOT, append, find, matching, read_rows, write_rows
 
 from dlzo.config import TrainConfig
 from dlzo.errors import UserError
@@ -42,8 +42,6 @@ from dlzo.target import Target
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import DIVERGED, resume, train
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 RUNS, CURVES = RESULTS / "quality_runs.csv", RESULTS / "quality_curves.csv"
 SEARCHES, RATES = RESULTS / "quality_searches.csv", RESULTS / "quality_rates.csv"
 SWEEP, METHODS = RESULTS / "quality_sweep.csv", RESULTS / "quality_methods.csv"
@@ -118,7 +116,7 @@ CANDIDATES = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunKey:
     """One run: what a row of RUNS begins with."""
 
     task: str
@@ -135,7 +133,7 @@ class Run:
         return "_".join(asdict(self).values()).replace(" ", "-")
 
 
-KEY = tuple(Run.__dataclass_fields__)
+KEY = tuple(RunKey.__dataclass_fields__)
 FIGURES = ("loss", "accuracy", "f1", "exact_match")
 RUN_FIELDS = (
     *KEY,
@@ -161,7 +159,7 @@ class Bench:
     def run(self, method: str, config: TrainConfig, *, test: bool) -> dict[str, str] | None:
         """The row of a run, made now if it is missing and there is data."""
         layer, eps, lr = ",".join(map(str, config.layers)), f"{config.eps:g}", f"{config.lr:g}"
-        run = Run(config.task, method, layer, eps, lr, str(config.seed), str(config.steps))
+        run = RunKey(config.task, method, layer, eps, lr, str(config.seed), str(config.steps))
         found = find_run(run, test)
         if found or self.data is None:
             return found
@@ -205,7 +203,7 @@ class Bench:
 
     def zero_shot(self, task: str) -> dict[str, str] | None:
         """The row of the untuned model."""
-        run = Run(task, "zero-shot", "", "", "", "", "0")
+        run = RunKey(task, "zero-shot", "", "", "", "", "0")
         if find(RUNS, asdict(run)) is None and self.data is not None:
             tested = evaluate(*load_model("smollm2", dtype=torch.bfloat16), task, self.data / task)
             append(RUNS, RUN_FIELDS, [asdict(run) | figures("test", tested)])
@@ -238,7 +236,7 @@ def figures_if_given_up(out: Path) -> dict[str, Any] | None:
     }
 
 
-def find_run(run: Run, test: bool) -> dict[str, str] | None:
+def find_run(run: RunKey, test: bool) -> dict[str, str] | None:
     """The row of a finished run; with `test` only if it was tested, as those of a sweep are not."""
     rows = matching(RUNS, asdict(run))
     return next((row for row in rows if row["test_loss"] or not test), None)
@@ -253,7 +251,7 @@ def figures(prefix: str, found: Evaluation) -> dict[str, str]:
     }
 
 
-def curve(run: Run, history: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def curve(run: RunKey, history: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for entry in history:
         if "validation_loss" in entry:
             yield asdict(run) | {name: entry.get(name) for name in CURVE_FIELDS[len(KEY) :]}

@@ -26,24 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import RESULTS, ROOT, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from dlzo import files  # noqa: E402
-from dlzo.config import TrainConfig  # noqa: E402
-from dlzo.errors import UserError  # noqa: E402
-from dlzo.files import replace_text  # noqa: E402
-from dlzo.journal import Reader, compact  # noqa: E402
-from dlzo.metrics import HistoryEntry  # noqa: E402
-from dlzo.models import decoder_layers  # noqa: E402
-from dlzo.rule import rule_of  # noqa: E402
-from dlzo.trainer import resume, train  # noqa: E402
-from fuzz import CORPUS, mutants, outcome  # noqa: E402
-from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, write_data  # noqa: E402
-from tiny import tiny_model  # noqa: E402
+from dlzo import files
+from dlzo.config import TrainConfig
+from dlzo.errors import UserError
+from dlzo.journal import Reader, compact
+from dlzo.metrics import HistoryEntry
+from dlzo.models import decoder_layers
+from dlzo.rule import rule_of
+from dlzo.trainer import resume, train
+from fuzz import CORPUS, mutants, outcome
+from runs import CONFIG, TOKENIZER, FaultyOs, Killed, result, write_data
+from tiny import tiny_model
 
-RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
 FAULTS = ("disk full", "killed", "tmpfs")
 SHORT = replace(CONFIG, steps=6, eval_every=2, sync_steps=3)
 PAGE = 4096  # bytes: a tmpfs is filled by the page
@@ -224,7 +222,7 @@ def main() -> None:
     parser.add_argument("--faults", choices=(*FAULTS, "all"))
     parser.add_argument("--fuzz", type=int, help="how many garbled files to read")
     parser.add_argument("--long", type=int, help="steps of the long run")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "reliability.json")
     parser.add_argument("--tmpfs", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -249,8 +247,7 @@ def main() -> None:
             found = part(Path(folder))
         print(name, json.dumps(found), flush=True)
         results = json.loads(options.out.read_text()) if options.out.exists() else {}
-        text = json.dumps({**results, name: found}, indent=1) + "\n"
-        replace_text(options.out, text)
+        write_json(options.out, {**results, name: found})
 
 
 if __name__ == "__main__":

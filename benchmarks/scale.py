@@ -23,11 +23,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tables import find
+from results import RESULTS, find, write_json
 
-from dlzo.files import replace_text
-
-RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDS = 2000
 RANKS = (2, 3, 4)
 WORKERS = (8, 64, 1000)
@@ -56,8 +53,7 @@ def measure(rank: int, size: int, port: int, out: str) -> None:
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:
-        text = json.dumps({"bytes": sent / ROUNDS, "us": median(times)})
-        Path(out).write_text(text)
+        write_json(Path(out), {"bytes": sent / ROUNDS, "us": median(times)})
 
 
 def all_reduce(size: int, work: Path) -> dict[str, float]:
@@ -124,8 +120,7 @@ def main() -> None:
     ]
     found = {"all_reduce": wire, "step_ms": step_ms, "simulated": simulated}
     print(json.dumps(found, indent=1))
-    text = json.dumps(found, indent=1) + "\n"
-    replace_text(RESULTS / "scale.json", text)
+    write_json(RESULTS / "scale.json", found)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from tempfile import TemporaryDirectory
 import torch
 from matplotlib.figure import Figure
 from mezo import encode_batch, inference, our_step
-from tables import read_rows, write_rows
-from timing import Run, interleaved
+from results import RESULTS, ROOT, read_rows, write_rows
+from timing import Call, interleaved
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -42,8 +42,7 @@ from dlzo.scoring import EncodedExample, PrefixCache, Scorer
 from dlzo.tasks import get_task, load_split
 from dlzo.trainer import train
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "scaling.csv"
+SCALING = RESULTS / "scaling.csv"
 FIGURE = ROOT / "docs" / "scaling.png"
 BATCH_SIZE = 16
 ROUNDS = 7
@@ -70,7 +69,7 @@ def variants(
     tokenizer: PreTrainedTokenizerBase,
     layer: int,
     examples: list[EncodedExample],
-) -> dict[str, Run]:
+) -> dict[str, Call]:
     rows = torch.tensor([example.sequences[0] for example in examples])
     tuned = decoder_layers(model)[layer]
 
@@ -79,7 +78,7 @@ def variants(
         for _ in range(2):
             model(rows)
 
-    def ours(cache: PrefixCache | None) -> Run:
+    def ours(cache: PrefixCache | None) -> Call:
         scorer = Scorer(model, tokenizer, tuned, cache=cache)
         scorer.cache_prefixes(examples)
         return lambda: our_step(scorer, examples, seed=0, eps=1e-3, lr=1e-6)
@@ -91,7 +90,7 @@ def variants(
     }
 
 
-def milliseconds(steps: dict[str, Run]) -> dict[str, float]:
+def milliseconds(steps: dict[str, Call]) -> dict[str, float]:
     times = interleaved(steps, ROUNDS)
     return {name: round(1e3 * median(values), 1) for name, values in times.items()}
 
@@ -204,8 +203,8 @@ def main() -> None:
         use_memory(*arguments.memory_of)
         return
     if not arguments.draw:
-        write_rows(RESULTS, [dict(zip(FIELDS, row, strict=True)) for row in measure()])
-    draw(read_rows(RESULTS))
+        write_rows(SCALING, [dict(zip(FIELDS, row, strict=True)) for row in measure()])
+    draw(read_rows(SCALING))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from mezo import (
     our_step,
     perturb_with_kernels,
 )
-from tables import append, markdown, matching, read_rows, write_rows
-from timing import Run, processor, seconds
+from results import RESULTS, ROOT, append, markdown, matching, read_rows, write_rows
+from timing import Call, processor, seconds
 from transformers import PreTrainedModel
 
 from dlzo.models import decoder_layers, load_model, parse_dtype
@@ -41,8 +41,6 @@ from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example, get_task, load_split
 from dlzo_kernels import zo_step
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 TIMES, TABLE = RESULTS / "speed.csv", RESULTS / "speed_table.csv"
 FIGURE = ROOT / "docs" / "speed.png"
 TASKS = ("copa", "sst2", "wsc", "rte", "cb", "boolq", "squad", "multirc", "drop")
@@ -73,7 +71,7 @@ class Contestants:
 
     def steps(
         self, task: str, examples: list[Example], seed: int
-    ) -> Iterator[tuple[str, int, Run]]:
+    ) -> Iterator[tuple[str, int, Call]]:
         """(variant, positions, step) in turn; what a step needs is made before it is handed out.
 
         Positions are those of tokens that a layer above the tuned one computes for one state.
@@ -147,7 +145,7 @@ def measure(data: Path, tasks: Sequence[str], dtypes: Sequence[str], rounds: int
                 append(TIMES, FIELDS, [dict(zip(FIELDS, values, strict=True))])
 
 
-def steady_seconds(step: Run) -> float:
+def steady_seconds(step: Call) -> float:
     """Of one run, or the median of three short ones, which a disturbance would show in."""
     first = seconds(step)
     return first if first > 10 else median([first, seconds(step), seconds(step)])

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from quality import ALL, METHODS, STEP_TIMES, method_config
-from tables import matching, read_rows, write_rows
+from results import matching, read_rows, write_rows
 from timing import processor, seconds
 
 from dlzo.models import load_model
@@ -34,7 +34,7 @@ from dlzo.trainer import resolved, target_of
 ROUNDS = 7
 
 
-class Run:
+class TimedRun:
     """A method's run on a task, to be timed step by step."""
 
     def __init__(self, data: Path, row: Mapping[str, str]) -> None:
@@ -61,7 +61,7 @@ class Run:
 
 def measured(data: Path, rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     """A row for each method of a task."""
-    runs = {row["method"]: Run(data, row) for row in rows}
+    runs = {row["method"]: TimedRun(data, row) for row in rows}
     prefixes = {name: seconds(run.cache_prefixes) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(1, ROUNDS + 2):

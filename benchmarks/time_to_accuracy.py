@@ -26,8 +26,8 @@ import torch
 from matplotlib.figure import Figure
 from mezo import batch_loss, encode_batch, mezo_step, our_step
 from quality import BUDGETS, RUNS
+from results import RESULTS, ROOT, append, matching, read_rows
 from speed import BATCH_SIZE
-from tables import append, matching, read_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo.evaluation import score
@@ -37,8 +37,6 @@ from dlzo.sampler import batch_of, step_seed
 from dlzo.scoring import PrefixCache, Scorer
 from dlzo.tasks import Example, Task, get_task, load_split
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 CURVES = RESULTS / "time_to_accuracy.csv"
 FIGURE = ROOT / "docs" / "time-to-accuracy.png"
 TASKS = ("sst2", "rte")
@@ -59,7 +57,7 @@ Step = Callable[[int], object]  # by its number, from 1
 
 
 @dataclass(frozen=True)
-class Run:
+class Training:
     """One training: a method, its learning rate and eps, and the model that it is to tune."""
 
     task: Task
@@ -145,8 +143,8 @@ def measure(data: Path, tasks: Sequence[str], methods: Sequence[str], steps: int
         if (task, method, settings["eps"], settings["lr"]) in done:
             continue
         loaded = load_model("smollm2", dtype=torch.bfloat16)
-        run = Run(get_task(task), method, settings, *loaded)
-        append(CURVES, FIELDS, list(run.points(data / task, steps)))
+        training = Training(get_task(task), method, settings, *loaded)
+        append(CURVES, FIELDS, list(training.points(data / task, steps)))
 
 
 def by_task(rows: list[dict[str, str]]) -> dict[str, dict[str, list[dict[str, str]]]]:

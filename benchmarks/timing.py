@@ -1,4 +1,4 @@
-"""Times of runs on this machine."""
+"""Times of calls on this machine."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 Times = dict[str, list[float]]
 
 
-def seconds(run: Run) -> float:
-    """Of one run."""
+def seconds(call: Call) -> float:
+    """Of one call."""
     started = time.perf_counter()
-    run()
+    call()
     return time.perf_counter() - started
 
 
-def interleaved(runs: Mapping[str, Run], rounds: int = 15) -> Times:
-    """Seconds of `rounds` runs of each, taken in turn after one to warm up."""
-    for run in runs.values():
-        run()
-    times: Times = {name: [] for name in runs}
+def interleaved(calls: Mapping[str, Call], rounds: int = 15) -> Times:
+    """Seconds of `rounds` calls of each, taken in turn after one to warm up."""
+    for call in calls.values():
+        call()
+    times: Times = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
+        for name, call in calls.items():
+            times[name].append(seconds(call))
     return times
 
 

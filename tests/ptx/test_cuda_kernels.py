@@ -263,6 +263,7 @@ def assert_statistics(x: Tensor, per: str, device: Device | None = None) -> None
 @pytest.mark.parametrize("kernel", ["gaussian_float32", "perturb_bfloat16_bfloat16"])
 def test_nearly_every_small_change_of_a_kernel_is_noticed(kernel):
     """All changes, and those that are not noticed: benchmarks/gpu_mutants.py, docs/gpu.md."""
+    load_benchmark("results")  # which it imports
     module = load_benchmark("gpu_mutants")
     check = module.checker(kernel, module.KERNELS[kernel])
     check(module.nvcc_ptx(module.CSRC / f"{kernel.split('_')[0]}.cu", 90))

@@ -1,11 +1,22 @@
-"""Results as CSV files: rows that are added as they are measured, and found again."""
+"""Where results lie, and their files: JSON, and rows that are added as they are measured."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from dlzo.files import replace_file, replace_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Makes a file anew, whole or not at all."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -42,11 +53,15 @@ def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) ->
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Makes a file anew."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """As `write_json`; the keys of the first row are the columns."""
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    replace_file(path, write)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
