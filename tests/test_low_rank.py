@@ -137,26 +137,6 @@ def test_weights_made_in_inference_mode():
     assert_same_bits(w, made)
 
 
-def test_a_step_is_taken_once():
-    w = torch.ones(3, 3)
-    step = LowRankStep(w, 1, 1e-2, 1e-1, rank=1, v_seed=1)
-    step.update(1.0, 0.5)
-    moved = w.clone()
-    with pytest.raises(RuntimeError, match="taken already"):
-        step.update(1.0, 0.5)
-    assert_same_bits(w, moved)
-
-
-def test_of_two_steps_opened_on_the_same_weights_one_is_taken():
-    w = torch.ones(8, 8)
-    first, second = (LowRankStep(w, seed, 1e-1, 1.0, rank=1, v_seed=3) for seed in (1, 2))
-    assert first.update(1.0, 0.5).applied
-    moved = w.clone()
-    with pytest.raises(RuntimeError, match="was written since the step was opened"):
-        second.update(1.0, 0.5)
-    assert_same_bits(w, moved)
-
-
 def test_an_update_that_fails_leaves_the_weights_and_the_next_one_right(monkeypatch):
     layer, twin = layer_of(torch.bfloat16), layer_of(torch.bfloat16)
     step, calls = LowRankStep(layer, 1, 1e-2, 1e-2, rank=2, v_seed=3), []

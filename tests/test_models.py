@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +206,17 @@ def test_folder_without_config(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_broken_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(UserError, match=r"cannot be loaded: .*config.json' is not a valid JSON"):
-        load_model(str(folder))
-
-
-def test_unknown_architecture(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "martian"}))
-    with pytest.raises(UserError, match=r"cannot be loaded: .*`martian`"):
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ('{"model_type": "lla', r"config\.json' is not a valid JSON"),
+        ('{"model_type": "martian"}', "`martian`"),
+    ],
+    ids=["broken", "unknown architecture"],
+)
+def test_a_config_that_cannot_be_used(folder: Path, config: str, says: str) -> None:
+    (folder / "config.json").write_text(config)
+    with pytest.raises(UserError, match=f"cannot be loaded: .*{says}"):
         load_model(str(folder))
 
 

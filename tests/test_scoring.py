@@ -91,6 +91,16 @@ class Shift:
         return [partial(self.shifted, by) for by in (self.by, -self.by, self.by / 2)]
 
 
+def assert_scores_as_plain(scorer, examples=EXAMPLES, *, atol):
+    """Each score is that of a forward of one option alone."""
+    (scores,) = scorer.scores(scorer.plan(scorer.encode(examples)))
+    assert scores.dtype == torch.promote_types(scorer.model.dtype, torch.float32)
+    for found, example in zip(scores, examples, strict=True):
+        expected = plain_scores(scorer.model, scorer.tokenizer, example).to(scores.dtype)
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=atol)
+        assert (found[len(expected) :] == -torch.inf).all()
+
+
 def plain_loss(model, tokenizer, examples, loss="options"):
     scores = [plain_scores(model, tokenizer, example) for example in examples]
     if loss == "options":
@@ -123,13 +133,7 @@ def plain_losses(model, tokenizer, states, loss="options"):
 def test_scores_equal_one_by_one_forwards(family, dtype, words, row_tokens):
     model, tokenizer = tiny_model(family, dtype), byte_tokenizer(*words)
     scorer = Scorer(model, tokenizer, row_tokens=row_tokens)
-    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
-    assert scores.dtype == dtype
-    for found, example in zip(scores, EXAMPLES, strict=True):
-        expected = plain_scores(model, tokenizer, example)
-        atol = tolerance(family, dtype)
-        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=atol)
-        assert (found[len(expected) :] == -torch.inf).all()
+    assert_scores_as_plain(scorer, atol=tolerance(family, dtype))
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["cold", "cached"])
@@ -247,11 +251,7 @@ def test_a_model_whose_positions_are_places_in_the_row_is_not_packed(config, dty
     model = decoder_alone(config).to(dtype)
     scorer = Scorer(model, byte_tokenizer())
     assert scorer.trees_problem is not None
-    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
-    atol = 1e-5 if dtype is torch.float32 else 0.1
-    for found, example in zip(scores, EXAMPLES, strict=True):
-        expected = plain_scores(model, scorer.tokenizer, example).float()
-        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=atol)
+    assert_scores_as_plain(scorer, atol=1e-5 if dtype is torch.float32 else 0.1)
 
 
 def test_strong_tied_embeddings_hide_no_leak():
@@ -354,53 +354,44 @@ def test_what_lies_below_is_keyed_by_weights_that_layers_above_share(tmp_path):
     assert abs(losses[0] - losses[2]) > 1e-3
 
 
-@pytest.mark.parametrize("window", [None, 8])
-def test_a_mixture_of_experts_is_packed_unless_it_windows_by_a_mask(window):
-    config = Qwen2MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        sliding_window=window,
-        use_sliding_window=window is not None,
-        max_window_layers=1,
-    )
-    model = random_model(config)
-    scorer = Scorer(model, byte_tokenizer())
-    assert (scorer.trees_problem is None) == (window is None)
-    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
-    for found, example in zip(scores, EXAMPLES, strict=True):
-        expected = plain_scores(model, scorer.tokenizer, example)
-        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+def experts(config, **more):
+    common = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return config(**common, **heads, num_experts_per_tok=2, initializer_range=0.2, **more)
 
 
-def test_a_mixture_of_experts_with_windows_in_some_layers_is_packed():
-    config = MellumConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        sliding_window=8,
-        layer_types=["full_attention", "sliding_attention"],
-        mlp_layer_types=["sparse"] * 2,
-    )
-    model = random_model(config)
-    scorer = Scorer(model, byte_tokenizer())
-    assert scorer.trees_problem is None
-    (scores,) = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
-    for found, example in zip(scores, EXAMPLES, strict=True):
-        expected = plain_scores(model, scorer.tokenizer, example)
-        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+MIXTURES = {
+    "no windows": (experts(Qwen2MoeConfig, num_experts=4), True),
+    "windows by a mask": (
+        experts(
+            Qwen2MoeConfig,
+            num_experts=4,
+            sliding_window=8,
+            use_sliding_window=True,
+            max_window_layers=1,
+        ),
+        False,
+    ),
+    "windows in some layers": (
+        experts(
+            MellumConfig,
+            moe_intermediate_size=16,
+            head_dim=8,
+            num_local_experts=4,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention"],
+            mlp_layer_types=["sparse"] * 2,
+        ),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "packed"), MIXTURES.values(), ids=MIXTURES)
+def test_a_mixture_of_experts_is_packed_unless_it_windows_by_a_mask(config, packed):
+    scorer = Scorer(random_model(config), byte_tokenizer())
+    assert (scorer.trees_problem is None) == packed
+    assert_scores_as_plain(scorer, atol=1e-5)
 
 
 def test_what_a_model_raises_without_the_layers_below_is_a_reason(monkeypatch):
@@ -947,13 +938,9 @@ def test_attention_in_chunks_is_packed_where_no_text_fills_one(chunk, packed):
         layer_types=["chunked_attention", "full_attention"],
         initializer_range=0.2,
     )
-    model = random_model(config)
-    scorer = Scorer(model, byte_tokenizer())
+    scorer = Scorer(random_model(config), byte_tokenizer())
     assert (scorer.trees_problem is None) == packed
-    found = scorer.scores(scorer.plan(scorer.encode(EXAMPLES)))
-    for scores, example in zip(found[0], EXAMPLES, strict=True):
-        expected = plain_scores(model, byte_tokenizer(), example)
-        torch.testing.assert_close(scores[: len(expected)], expected, rtol=0, atol=1e-5)
+    assert_scores_as_plain(scorer, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -967,13 +954,10 @@ def test_a_head_that_does_more_than_a_product_is_left_to_itself(dtype):
     head.weight = model.lm_head.weight
     model.lm_head = head
     scorer = Scorer(model, byte_tokenizer(*SENTIMENT))
-    plan = scorer.plan(scorer.encode(EXAMPLES[:3]))
+    examples = EXAMPLES[:3]
+    plan = scorer.plan(scorer.encode(examples))
     assert "output embeddings: all rows" in plan.explain()
-    scores = scorer.scores(plan)[0]
-    atol = 1e-5 if dtype is torch.float32 else 0.3
-    for found, example in zip(scores, EXAMPLES, strict=False):
-        expected = plain_scores(model, byte_tokenizer(*SENTIMENT), example).float()
-        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    assert_scores_as_plain(scorer, examples, atol=1e-5 if dtype is torch.float32 else 0.3)
 
 
 def test_windows_by_a_mask_are_those_of_each_state():

@@ -39,6 +39,10 @@ from dlzo_kernels import (
 from dlzo_kernels import step as step_module
 from dlzo_kernels.ops import accumulate
 
+make_steps = pytest.mark.parametrize(
+    "make_step", [zo_step, partial(LowRankStep, rank=1, v_seed=3)], ids=["full", "low rank"]
+)
+
 
 def layer_of(dtype: torch.dtype = torch.float32) -> nn.Module:
     """A layer with two tensors of one shape, a bias, a frozen and an empty parameter."""
@@ -470,14 +474,14 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("take", [zo_step, partial(LowRankStep, rank=1, v_seed=3)])
+@make_steps
 @pytest.mark.parametrize("share", SHARED.values(), ids=SHARED)
-def test_steps_in_turn_on_parts_of_one_tensor_keep_their_masters(share, take):
+def test_steps_in_turn_on_parts_of_one_tensor_keep_their_masters(share, make_step):
     parts = share(torch.ones(512, dtype=torch.bfloat16))
     twins = [torch.ones_like(part) for part in parts]
     for seed in range(40):
         for part in (*parts, *twins):
-            step = take(part, seed, 1e-3, 1e-5)
+            step = make_step(part, seed, 1e-3, 1e-5)
             with step.plus():
                 pass
             step.update(3.0, 1.0)
@@ -590,9 +594,10 @@ def test_weights_put_back_beneath_a_view_forget_the_hidden_digits():
     assert_same_bits(*ends)
 
 
-def test_of_two_steps_opened_on_the_same_weights_one_is_taken():
-    w = torch.ones(8)
-    first, second = (zo_step(at, seed, 1e-1, 1.0) for seed, at in ((1, w), (2, w[:])))
+@make_steps
+def test_of_two_steps_opened_on_the_same_weights_one_is_taken(make_step):
+    w = torch.ones(8, 8)
+    first, second = (make_step(at, seed, 1e-1, 1.0) for seed, at in ((1, w), (2, w[:])))
     with first.plus(), pytest.raises(RuntimeError, match="perturbed"):
         second.update(1.0, 0.5)
     assert first.update(1.0, 0.5).applied
@@ -909,21 +914,24 @@ def test_numbers_of_numpy_are_numbers():
     )
 
 
-def test_steps_do_not_nest_and_are_taken_once():
-    w = torch.ones(5)
-    step = zo_step(w, 1, 1e-3, 1e-3)
+@make_steps
+def test_steps_do_not_nest_and_are_taken_once(make_step):
+    w = torch.ones(5, 3)
+    step = make_step(w, 1, 1e-3, 1e-3)
     with step.plus():
-        for use in (lambda: zo_step(w, 2, 1e-3, 1e-3), lambda: step.update(1.0, 2.0)):
+        for use in (lambda: make_step(w, 2, 1e-3, 1e-3), lambda: step.update(1.0, 2.0)):
             with pytest.raises(RuntimeError, match="perturbed by an open step"):
                 use()
         with pytest.raises(RuntimeError, match="perturbed"), step.minus():
             pass
-    assert torch.equal(w, torch.ones(5))
+    assert torch.equal(w, torch.ones(5, 3))
     step.update(1.0, 0.5)
+    moved = w.clone()
     with pytest.raises(RuntimeError, match="taken already"):
         step.update(1.0, 0.5)
+    assert_same_bits(w, moved)
     with pytest.raises(ValueError, match="2 and 1 losses for 1 directions"):
-        zo_step(w, 1, 1e-3, 1e-3).update([1.0, 2.0], 1.0)
+        make_step(w, 1, 1e-3, 1e-3).update([1.0, 2.0], 1.0)
     with pytest.raises(ValueError, match="direction must be in"), step.plus(1):
         pass
 
