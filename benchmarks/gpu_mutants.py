@@ -25,10 +25,10 @@ from dlzo_kernels.ops._parts import Directions, Operand
 
 sys.path.insert(0, str(ROOT / "tests"))  # where the simulator lies
 from bits import assert_same_bits, reference_perturb, weights
+from noise_edges import SCALE, cancelled
 from ptx.compile import CSRC, nvcc_ptx
 from ptx.device import Device, operand_of
 from ptx.mutate import Mutant, mutants, run_mutants
-from noise_edges import SCALE, cancelled
 
 BLOCK = 8192  # elements of a block of threads
 # Raw normals, and the kernel whose rounding hides most of an error in them.
