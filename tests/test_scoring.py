@@ -30,6 +30,7 @@ from transformers import (
     RobertaConfig,
     WhisperConfig,
     XGLMConfig,
+    XLNetConfig,
 )
 
 from dlzo.errors import UserError
@@ -44,7 +45,7 @@ from dlzo_kernels import LaunchError, rms_norm
 from dlzo_kernels.ops import _triton
 from plain import plain_scores
 from runs import TOKENIZER
-from tiny import CONFIGS, HYBRIDS, VOCABULARY, byte_tokenizer, random_model, tiny_model
+from tiny import CONFIGS, HYBRIDS, STREAMS, VOCABULARY, byte_tokenizer, random_model, tiny_model
 
 SENTIMENT = (" terrible", " great")
 EXAMPLES = [
@@ -245,10 +246,29 @@ def decoder_alone(config, **more):
     return random_model(config(**common, **sizes, decoder_attention_heads=4, init_std=0.2, **more))
 
 
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", [BartConfig, BlenderbotConfig])
-def test_a_model_whose_positions_are_places_in_the_row_is_not_packed(config, dtype):
-    model = decoder_alone(config).to(dtype)
+@pytest.mark.parametrize(
+    "model",
+    [
+        # Their positions are places in the row.
+        partial(decoder_alone, BartConfig),
+        partial(decoder_alone, BlenderbotConfig),
+        # It counts positions from behind that of padding on.
+        lambda: random_model(RobertaConfig(**_BERT, is_decoder=True, initializer_range=0.05)),
+    ],
+    ids=["bart", "blenderbot", "roberta"],
+)
+def test_a_model_with_positions_of_its_own_is_not_packed(model, dtype):
+    model = model().to(dtype)
     scorer = Scorer(model, byte_tokenizer())
     assert scorer.trees_problem is not None
     assert_scores_as_plain(scorer, atol=1e-5 if dtype is torch.float32 else 0.1)
@@ -907,16 +927,20 @@ def test_a_model_of_letters_has_few_tokens():
     assert scorer.trees_problem is None and scorer.cache_problem is None
 
 
-def test_a_model_that_sees_what_follows_is_refused():
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        initializer_range=0.2,
-    )
-    model = random_model(config)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**_BERT, initializer_range=0.2),
+        # So weak that it could pass for rounding.
+        BertConfig(**_BERT, initializer_range=0.02),
+        XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, d_inner=64),
+        STREAMS["cpmant"](),
+    ],
+    ids=["bert", "weak", "xlnet", "cpmant"],
+)
+def test_a_model_that_sees_what_follows_is_refused(config, dtype):
+    model = random_model(config).to(dtype)
     with pytest.raises(UserError, match="looks at the tokens after a position"):
         Scorer(model, byte_tokenizer())
 

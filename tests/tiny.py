@@ -7,7 +7,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CpmAntConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     JambaConfig,
@@ -72,6 +74,30 @@ CONFIGS = {
     # Its attention has biases by distance and takes no function from outside.
     "bloom": lambda: BloomConfig(
         **_COMMON, hidden_size=32, n_layer=4, n_head=4, initializer_range=0.2
+    ),
+}
+# What their layers give is not one hidden state per token.
+STREAMS = {
+    "gemma3n": lambda: Gemma3nTextConfig(
+        **_COMMON,
+        **_LLAMA,
+        sliding_window=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        laurel_rank=8,
+        altup_num_inputs=2,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "cpmant": lambda: CpmAntConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        dim_head=8,
+        dim_ff=64,
+        init_std=0.2,
     ),
 }
 # Their decoder layers are of two classes; in Zamba 2, several share their attention.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from dlzo.models import decoder_layers, layer_parts, sharing_module
 from dlzo.scoring.attention import CHUNKS, WINDOWS, UnsupportedAttentionError, hiding_setting
 from dlzo.scoring.encoding import EncodedExample, Option
 from dlzo.scoring.forward import Beside, State
-from dlzo.scoring.layout import Pack, Tokens, grow_trees, pack_trees, pad_rows
+from dlzo.scoring.layout import Pack, Tokens, grow_trees, on_cpu, pack_trees, pad_rows
 from dlzo.scoring.norms import rms_norms
 from dlzo.scoring.plan import Plan, plan_of
 from dlzo.scoring.prefix import PrefixCache
@@ -66,16 +68,18 @@ class Trial:
             UserError: the model looks at later tokens.
         """
         scorer, runner = self.scorer, self.scorer.runner
-        side_by_side = plan_of(self.batch, _in_rows(self.texts))
         # What is not finite is told by what is scored.
-        if self.expected.isfinite().all() and self._score_problem(side_by_side) is not None:
+        if self.expected.isfinite().all() and self._looks_elsewhere():
             raise unsupported(self.model, "looks at the tokens after a position or at other rows")
+        # Before the norms are others than those of what is expected.
+        position_problem = self._position_problem()
         runner.norms = rms_norms(self.model)
         if self._score_problem(self.plain) is not None:
             runner.norms = {}
         scorer.mlp_problem = self._last_mlp_problem()
         scorer.trees_problem = (
             hiding_setting(self.model, CHUNKS, scorer.max_length)
+            or position_problem
             or self._score_problem(self._best())
             or self._leak_problem()
         )
@@ -137,6 +141,26 @@ class Trial:
             raise error
         return f"{self.name} does not allow it ({error})"
 
+    def _looks_elsewhere(self) -> bool:
+        """Whether a text's scores depend on the tokens after it or on other rows."""
+        if self._score_problem(plan_of(self.batch, _in_rows(self.texts))) is not None:
+            return True
+        tails = [(self._text(range(start, start + 2)),) for start in (20, 40)]
+        return not self._is_rounding(self._change_beside(tails, _in_front))
+
+    def _position_problem(self) -> str | None:
+        """Why positions cannot be given, as to packed texts; None if they can."""
+        text = self.texts[0]
+        packs = [replace(pack, trees=None) for pack in _in_trees([text])]
+        try:
+            found = self.scorer.scores(plan_of(self._ends_of(text), packs))
+        except _LED_ASTRAY as error:
+            return self._refusal(error)
+        # In 16 bits scores at other positions could pass for those expected.
+        if self._is_rounding((found - self.expected)[0, 0, 0].abs().item()):
+            return None
+        return f"{self.name} does not count positions from 0"
+
     def _last_mlp_problem(self) -> str | None:
         """Why the last layer's MLP cannot be left out where nothing is read; None if it can."""
         try:
@@ -173,17 +197,23 @@ class Trial:
         # lies behind keeps the row's length.
         six, twelve = (self._text(range(14, 14 + length)) for length in (6, 12))
         others = [*((other, six) for other in same), (self._text(range(2, 8)), twelve)]
-        change = self._change_beside(others, _in_trees)
-        if change == 0:
-            return None
-        # Experts take the tokens of all texts at once, and round otherwise with how many these are:
-        # then bits change with a text in a row of its own too, which nobody sees.
-        alone = [(self._text(range(start, start + 12)),) for start in range(0, 48, 6)]
-        one_ulp = torch.finfo(self.expected.dtype).eps * self.expected.abs().max().item()
-        by_rounding = max(self._change_beside(alone, _in_rows), one_ulp)
-        if change <= _MORE_THAN_ROUNDING * by_rounding:
+        if self._is_rounding(self._change_beside(others, _in_trees)):
             return None
         return f"{self.name} scores a packed text otherwise with what lies beside it"
+
+    def _is_rounding(self, change: float) -> bool:
+        """Whether a score that should keep its bits changes by rounding alone."""
+        return change == 0 or change <= _MORE_THAN_ROUNDING * self._rounding
+
+    @cached_property
+    def _rounding(self) -> float:
+        """How far a text's score moves with texts in rows of their own, which nobody sees.
+
+        Experts take the tokens of all texts at once, and round otherwise with how many these are.
+        """
+        alone = [(self._text(range(start, start + 12)),) for start in range(0, 48, 6)]
+        one_ulp = torch.finfo(self.expected.dtype).eps * self.expected.abs().max().item()
+        return max(self._change_beside(alone, _in_rows), one_ulp)
 
     def _change_beside(
         self,
@@ -267,3 +297,9 @@ def _in_trees(texts: Sequence[Tokens]) -> Iterator[Pack]:
 
 def _in_rows(texts: Sequence[Tokens]) -> Iterator[Pack]:
     return pad_rows(texts, row_tokens=64)
+
+
+def _in_front(texts: Sequence[Tokens]) -> Iterator[Pack]:
+    """The first text, with the others behind it in its row."""
+    row = on_cpu([[token for text in texts for token in text]])
+    yield Pack({"input_ids": row}, {texts[0]: (0, torch.arange(len(texts[0]), device="cpu"))}, None)
