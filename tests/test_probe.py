@@ -19,12 +19,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 import dlzo.decision
+from dlzo.activations import outlier_channels
 from dlzo.calibration import calibration_texts, read_texts
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers, load_model
 from dlzo.plots import plot_probe
 from dlzo.probe import Channel, Decision, LayerStats, ProbeReport, SiteStats, decide, probe
-from tiny import CONFIGS, byte_tokenizer, tiny_model
+from tiny import CONFIGS, STREAMS, byte_tokenizer, random_model, tiny_model
 
 
 def profile_of(depth: int, changes: dict[int, float]) -> list[float]:
@@ -471,6 +472,15 @@ def test_overflow_is_named() -> None:
         model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
     with pytest.raises(UserError, match=r"of layer 1 is (inf|nan), .* bfloat16 or float32"):
         probe(model, byte_tokenizer(), TEXTS)
+
+
+@pytest.mark.parametrize("family", STREAMS)
+def test_several_hidden_states_per_token_are_refused(family: str) -> None:
+    model = random_model(STREAMS[family]())
+    with pytest.raises(UserError, match="not one hidden state per token"):
+        probe(model, byte_tokenizer(), TEXTS)
+    with pytest.raises(UserError, match="not one hidden state per token"):
+        outlier_channels(model, byte_tokenizer(), [decoder_layers(model)[1]], 0.1)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, RwkvConfig
 
 import dlzo_kernels
 from dlzo.errors import UserError
@@ -18,7 +18,7 @@ from dlzo.plots import plot_sensitivity
 from dlzo.sampler import batch_indices, step_seed
 from dlzo.sensitivity import LayerSensitivity, SensitivityReport, sensitivity
 from dlzo.tasks import get_task, load_split
-from tiny import CONFIGS, byte_tokenizer, tiny_model
+from tiny import CONFIGS, STREAMS, VOCABULARY, byte_tokenizer, random_model, tiny_model
 
 SETTINGS = {"seeds": 3, "batches": 3, "batch_size": 4, "eps": 1e-2, "seed": 5}
 
@@ -191,6 +191,28 @@ def test_weights_shared_with_another_layer_move_there_too(
         signals.append(found.signal)
         assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert abs(signals[1] / signals[0] - 1) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (STREAMS["gemma3n"](), "not one hidden state per token"),
+        (
+            RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, rescale_every=1),
+            "RwkvForCausalLM changes its own weights as it runs",
+        ),
+    ],
+    ids=["gemma3n", "rwkv"],
+)
+def test_a_model_that_is_refused_is_left_as_it_was(
+    data: Path, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, message: str
+) -> None:
+    model = random_model(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            sensitivity(model, tokenizer, "sst2", data, layers=[1], **SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_frozen_layer_is_named(data: Path, tokenizer: PreTrainedTokenizerBase) -> None:

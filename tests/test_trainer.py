@@ -571,6 +571,8 @@ def test_a_model_that_changes_its_own_weights_is_refused(layer, data, tmp_path):
     """In evaluation RWKV halves the weights of its upper layers, once: a fresh copy has others."""
     sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4}
     model = random_model(RwkvConfig(vocab_size=VOCABULARY, **sizes, rescale_every=1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match="RwkvForCausalLM changes its own weights as it runs"):
         train(model, TOKENIZER, replace(CONFIG, layer=layer), data, tmp_path / "out")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not (tmp_path / "out").exists()

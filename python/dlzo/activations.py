@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlzo.calibration import calibration_tokens
 from dlzo.errors import UserError
 from dlzo.models import check_kernels, decoder_layers
-from dlzo.sites import Sites, forward, hidden_state
+from dlzo.sites import Sites, first_tensor, forward, hidden_state
 from dlzo_kernels import activation_stats
 
 # The layer's output, its attention's, its MLP's, and what goes into the MLP's down projection.
@@ -134,7 +134,7 @@ def measure(
         with ExitStack() as stack:
             for index, layer in enumerate(layers):
                 inner = None if sites is None else sites[index]
-                for module, hook in _hooks(layer, inner, partial(add, index)):
+                for module, hook in _hooks(layer, inner, tokens.shape, partial(add, index)):
                     stack.enter_context(module.register_forward_hook(hook))
             forward(model, tokens)
     return found
@@ -155,7 +155,8 @@ def outlier_channels(
         top: the share of all channels, rounded up to a whole number of them.
 
     Raises:
-        UserError: the activations are not finite, or no kernels run on the model's GPU.
+        UserError: the activations are not finite or not one hidden state per token, or no kernels
+            run on the model's GPU.
     """
     check_kernels(model.device)
     maxima = channel_maxima(model, calibration_tokens(model, tokenizer), layers)
@@ -176,14 +177,16 @@ def channel_maxima(
     """The largest |h| of each channel in the outputs of layers, over texts given as token ids."""
     found: list[Tensor] = []
 
-    def look(_module: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        found.append(activation_stats(hidden_state(output), per="channel").absmax.cpu())
+    def look(tokens: torch.Size, _module: nn.Module, _args: object, output: object) -> None:
+        hidden = hidden_state(output, tokens)
+        found.append(activation_stats(hidden, per="channel").absmax.cpu())
 
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.register_forward_hook(look))
-        for texts in _together(encoded):
-            forward(model, torch.tensor([encoded[text] for text in texts]))
+    for texts in _together(encoded):
+        tokens = torch.tensor([encoded[text] for text in texts])
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.register_forward_hook(partial(look, tokens.shape)))
+            forward(model, tokens)
     return torch.stack(found).amax(0)
 
 
@@ -213,14 +216,19 @@ def _together(encoded: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 def _hooks(
-    layer: nn.Module, inner: Sites | None, add: Callable[[Site, Tensor], None]
+    layer: nn.Module, inner: Sites | None, tokens: torch.Size, add: Callable[[Site, Tensor], None]
 ) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
     """Forward hooks that take in a layer's activations, and the modules that they belong to."""
 
     def takes_output(site: Site) -> Callable[..., None]:
-        return lambda _module, _args, output: add(site, hidden_state(output))
+        def take(_module: nn.Module, _args: object, output: object) -> None:
+            hidden = first_tensor(output)
+            assert hidden is not None  # it was one when the site was found
+            add(site, hidden)
 
-    yield layer, takes_output("block")
+        return take
+
+    yield layer, lambda _module, _args, output: add("block", hidden_state(output, tokens))
     if inner is None:
         return
     if inner.attention is not None:

@@ -233,7 +233,8 @@ def probe(
 
     Raises:
         UserError: no text has a token, the activations are not finite, a layer does not run on
-            texts alone, or no kernels run on the model's GPU.
+            texts alone or gives not one hidden state per token, the model changes its own weights,
+            or no kernels run on its GPU.
     """
     check_kernels(model.device)
     encoded = calibration_tokens(model.eval(), tokenizer, texts)

@@ -172,7 +172,8 @@ def sensitivity(
         on_layer: called with each layer's figures.
 
     Raises:
-        UserError: the task or its data cannot be used, or a number is out of its range.
+        UserError: the task or its data cannot be used, a number is out of its range, or the model
+            cannot be scored, or its layers do not give one hidden state per token.
     """
     definition, examples = check_sensitivity(
         task, data_dir, seeds=seeds, batches=batches, batch_size=batch_size, eps=eps, seed=seed
@@ -260,7 +261,7 @@ def _hidden_states(model: PreTrainedModel, batch: Sequence[EncodedExample]) -> l
     found: list[list[Tensor]] = [[] for _ in layers]
 
     def record(index: int, pack: Pack, _layer: nn.Module, _args: Any, output: Any) -> None:
-        hidden = hidden_state(output)
+        hidden = hidden_state(output, pack.inputs["input_ids"].shape)
         rows = [hidden[row, columns] for row, columns in pack.places.values()]
         found[index].append(torch.cat(rows).cpu())
 

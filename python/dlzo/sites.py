@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from dlzo.errors import UserError
@@ -51,7 +53,7 @@ def find_sites(model: PreTrainedModel) -> list[Sites]:
         calls[layer][name] = output is not None and output.numel() == tokens.numel() * hidden_size
 
     tokens = torch.zeros(1, 2, dtype=torch.long)
-    with ExitStack() as stack:
+    with _ReadOnly(model), ExitStack() as stack:
         for index, layer in enumerate(layers):
             for name, module in layer.named_modules():
                 if name and any(parameter.ndim >= 2 for parameter in module.parameters()):
@@ -81,37 +83,76 @@ def first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def hidden_state(output: Any) -> Tensor:
-    """What a decoder layer passes on.
+def hidden_state(output: Any, tokens: torch.Size) -> Tensor:
+    """What a decoder layer passes on, of shape (texts, tokens, hidden size).
+
+    Args:
+        output: all that it gives out.
+        tokens: the shape (texts, tokens) of what the model was given.
 
     Raises:
-        UserError: it is no tensor.
+        UserError: it is no tensor, or not one hidden state per token (Gemma 3n has several).
     """
     if (hidden := first_tensor(output)) is None:
         raise UserError(
             f"a decoder layer gives a {type(output).__name__}, no tensor: choose another model"
         )
+    if hidden.shape[:-1] != tokens:
+        raise UserError(
+            f"a decoder layer gives {tuple(hidden.shape)} for tokens of shape {tuple(tokens)}, not "
+            "one hidden state per token: choose another model"
+        )
     return hidden
 
 
 def forward(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens).
-
-    Raises:
-        UserError: the forward wrote to the weights, as where RWKV halves those of its upper layers.
-            What is tuned of such a model would fit no other copy of it.
-    """
-    weights = [weight for weight in model.parameters() if not weight.is_inference()]
-    before = [weight._version for weight in weights]
+    """Runs the decoder alone, without the logits, on token ids of shape (texts, tokens)."""
     # Offloaded weights lie on the meta device; the hooks that bring them in move the inputs too.
     device = "cpu" if model.device.type == "meta" else model.device
     with fast_products(model):
         model.base_model(input_ids=tokens.to(device), use_cache=False)
-    if [weight._version for weight in weights] != before:
-        raise UserError(
-            f"{type(model).__name__} changes its own weights as it runs, so that what is tuned of "
-            "it could not be loaded again: choose another model"
-        )
+
+
+@torch.inference_mode()
+def check_keeps_weights(model: PreTrainedModel) -> None:
+    """Raises UserError before a forward writes to the weights, as where RWKV halves some of them.
+
+    What is tuned of such a model would fit no other copy of it.
+    """
+    with _ReadOnly(model):
+        forward(model, torch.zeros(1, 1, dtype=torch.long))
+
+
+class _ReadOnly(TorchDispatchMode):
+    """Refuses what would write to the weights of a model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.name = type(model).__name__
+        # Not what has no memory: on the meta device, or empty.
+        self.weights = {_storage(weight) for weight in model.parameters()} - {0}
+
+    def __torch_dispatch__(
+        self,
+        op: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = dict(zip((a.name for a in op._schema.arguments), args, strict=False))
+        given |= kwargs or {}
+        written = [given.get(a.name) for a in op._schema.arguments if a.is_write]
+        for value in tree_leaves(written):
+            if isinstance(value, Tensor) and _storage(value) in self.weights:
+                raise UserError(
+                    f"{self.name} changes its own weights as it runs, so that what is tuned of it "
+                    "could not be loaded again: choose another model"
+                )
+        return op(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:

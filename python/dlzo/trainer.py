@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import cast
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlzo import distributed
@@ -57,7 +56,7 @@ from dlzo.run import (
 )
 from dlzo.sampler import batch_indices, batch_of
 from dlzo.scoring import EncodedExample, PrefixCache, Scorer
-from dlzo.sites import forward
+from dlzo.sites import check_keeps_weights
 from dlzo.step import scored_here, take_step
 from dlzo.target import Target
 from dlzo.tasks import (
@@ -120,8 +119,7 @@ def train(
     with sole_use(model):
         task = get_task(config.task)
         examples = load_examples(task, config, data_dir)
-        with torch.inference_mode():
-            forward(model.eval(), torch.zeros(1, 1, dtype=torch.long))  # refuses who changes itself
+        check_keeps_weights(model.eval())
         config = distributed.from_first_rank(lambda: resolved(model, tokenizer, config))
         config = _with_absolute_paths(config)
         with ExitStack() as stack:

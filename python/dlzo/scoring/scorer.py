@@ -30,6 +30,7 @@ from dlzo.scoring.plan import Plan, gold_of, has_one_token_options, ids_in, plan
 from dlzo.scoring.prefix import FrozenWeights, PrefixCache
 from dlzo.scoring.runner import Runner
 from dlzo.scoring.trial import Trial
+from dlzo.sites import check_keeps_weights
 from dlzo.tasks import Example, TrainingLoss
 
 # By bytes of a number: a product packs its weights anew each time, which many rows outweigh; with
@@ -70,7 +71,8 @@ class Scorer:
 
     Raises:
         UserError: the loss is not known, weights are not in memory, a tuned layer is outside the
-            model or not run on a text alone, or the model looks at later tokens.
+            model or not run on a text alone, or the model looks at later tokens or changes its own
+            weights.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Scorer:
         self._itemsize = model.dtype.itemsize  # of hidden states: some models add up in float32
         self.frozen = None if self.layer is None else FrozenWeights(model, self.layer)
         with self._turn:
+            check_keeps_weights(model)
             Trial(self).set_shortcuts(cache)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
