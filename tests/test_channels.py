@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GraniteMoeSharedConfig
 
 from dlzo.activations import outlier_channels
 from dlzo.adapter import load_adapter, read_config
@@ -31,7 +32,7 @@ from runs import (
     stopping_at,
     with_header,
 )
-from tiny import tiny_model
+from tiny import VOCABULARY, random_model, tiny_model
 
 # Of 32 channels.
 TUNED = replace(CONFIG, channels=(23, 7))
@@ -200,6 +201,20 @@ def test_a_layer_without_one_writing_matrix_is_refused():
     with pytest.raises(UserError, match="the mlp of layer 1 has no single matrix"):
         Target(model, (1,), channels=(7,))
     assert len(Target(model, (1,), "attention", channels=(7,)).parameters) == 1
+
+
+def test_an_mlp_of_several_parts_is_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GraniteMoeSharedConfig(
+        **sizes,
+        vocab_size=VOCABULARY,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        shared_intermediate_size=16,
+        num_local_experts=4,
+    )
+    with pytest.raises(UserError, match="the mlp of layer 1 has no single matrix"):
+        Target(random_model(config), (1,), channels=(7,))
 
 
 def test_outliers_of_a_layer_that_the_model_lacks_are_refused(data, tmp_path):

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import (
+    BertConfig,
     DeepseekV3Config,
     FalconConfig,
+    Gemma4TextConfig,
     GPTJConfig,
     GPTNeoXConfig,
+    GraniteMoeSharedConfig,
     MambaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -40,6 +43,15 @@ def test_sites_of_each_family(family: str) -> None:
 
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GQA = {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": None}
+_GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
@@ -95,6 +107,21 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
                 linear_value_head_dim=8,
             ),
             [Sites("linear_attn.out_proj", "mlp.down_proj", "mlp.down_proj")] * 3 + [_LLAMA],
+        ),
+        # Two modules behind each other.
+        (
+            BertConfig(**_SIZES, intermediate_size=48, is_decoder=True),
+            [Sites("attention.output.dense", "output.dense", "output.dense")] * 2,
+        ),
+        # Experts beside a shared MLP.
+        (
+            GraniteMoeSharedConfig(**_GQA, shared_intermediate_size=16, num_local_experts=4),
+            [Sites("self_attn.o_proj", None, None)] * 2,
+        ),
+        # What is added to the stream behind the MLP is an input of each layer.
+        (
+            Gemma4TextConfig(**_GQA, **_GEMMA4),
+            [Sites("self_attn.o_proj", None, None)] * 2,
         ),
         # No attention and MLP, but one mixer.
         (

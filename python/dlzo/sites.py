@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from dlzo.errors import UserError
-from dlzo.models import decoder_layers
+from dlzo.models import decoder_layers, layer_parts
 from dlzo.products import fast_products
 
 
@@ -38,11 +38,14 @@ class Sites:
 def find_sites(model: PreTrainedModel) -> list[Sites]:
     """The sites of each decoder layer, by what a forward of two tokens calls.
 
-    Of a layer's children that hold matrices, the first one called is the attention and the last
-    one the MLP; a family that keeps the MLP's matrices in the layer itself (OPT) has the last of
-    them there. The last matrix called within each gives its output: some add the residual stream
-    to it inside the child (Bloom). An MLP of several experts has no one down projection; its own
-    output is taken.
+    Attention and MLP are those of `layer_parts`. The last matrix called within each gives its
+    output: some add the residual stream to it inside the child (Bloom). The MLP may be several
+    children of one matrix each (OPT, BERT), one behind the other; several of more (experts beside
+    a shared MLP, inputs of each layer beside it) have no one output. An MLP of several experts has
+    no one down projection; its own output is taken.
+
+    Raises:
+        UserError: the model does not run a layer on a text alone, or changes its own weights.
     """
     layers = decoder_layers(model)
     hidden_size = model.config.get_text_config(decoder=True).hidden_size
@@ -157,10 +160,13 @@ def _storage(tensor: Tensor) -> int:
 
 def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:
     """Sites by the modules called, in order, and whether each gives one hidden state a token."""
-    children = [name for name in called if "." not in name]
-    if len(children) < 2:
+    try:
+        parts = layer_parts(layer)
+    except UserError:
         return Sites(None, None, None)
-    attention, mlp = children[0], children[-1]
+    attention, mlp = (_last_child(layer, parts[part], called) for part in ("attention", "mlp"))
+    if mlp is None:
+        return Sites(_last_matrix(layer, attention, called), None, None)
     # Experts lie in parameters of three dimensions.
     experts = any(parameter.ndim > 2 for parameter in layer.get_submodule(mlp).parameters())
     down = None if experts else _last_matrix(layer, mlp, called)
@@ -168,12 +174,23 @@ def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:
     return Sites(_last_matrix(layer, attention, called), down or whole, down)
 
 
-def _last_matrix(layer: nn.Module, child: str, called: dict[str, bool]) -> str | None:
+def _last_child(layer: nn.Module, part: Sequence[str], called: Iterable[str]) -> str | None:
+    """The child that gives the output of a part; None where several could."""
+    children = [name for name in called if name in part]
+    matrices = [
+        sum(parameter.ndim > 1 for parameter in layer.get_submodule(name).parameters())
+        for name in children
+    ]
+    return children[-1] if children and (len(children) == 1 or max(matrices) == 1) else None
+
+
+def _last_matrix(layer: nn.Module, child: str | None, called: dict[str, bool]) -> str | None:
     matrices = [
         name
         for name, fits in called.items()
         if fits
-        and (name == child or name.startswith(f"{child}."))
+        and child is not None
+        and f"{name}.".startswith(f"{child}.")
         and getattr(getattr(layer.get_submodule(name), "weight", None), "ndim", 0) == 2
     ]
     return matrices[-1] if matrices else None
