@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 from transformers import (
     BertConfig,
     DeepseekV3Config,
@@ -20,8 +24,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from dlzo.errors import UserError
 from dlzo.models import decoder_layers
-from dlzo.sites import Sites, find_sites
+from dlzo.sites import Sites, check_keeps_weights, find_sites
 from tiny import CONFIGS, random_model, tiny_model
 
 _LLAMA = Sites("self_attn.o_proj", "mlp.down_proj", "mlp.down_proj")
@@ -160,3 +165,37 @@ def test_no_hook_is_left() -> None:
     model = tiny_model()
     find_sites(model)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Wrapped(Tensor):
+    """A tensor whose numbers lie in another one, as those of quantised weights do."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.held = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten.detach.default:
+            return cls(args[0].held)
+        args, kwargs = tree_map(lambda x: getattr(x, "held", x), (args, kwargs or {}))
+        return op(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@torch.inference_mode()
+def test_a_model_that_writes_to_a_weight_is_refused_before(wrapped: bool) -> None:
+    model = tiny_model()
+    linear = decoder_layers(model)[1].mlp.up_proj
+    if wrapped:
+        linear.weight = nn.Parameter(Wrapped(linear.weight.detach()), requires_grad=False)
+    check_keeps_weights(model)
+    before = linear.weight.detach().clone()
+    linear.register_forward_pre_hook(lambda module, _: module.weight.mul_(2))
+    with pytest.raises(UserError, match="LlamaForCausalLM changes its own weights"):
+        check_keeps_weights(model)
+    assert torch.equal(linear.weight, before)

@@ -132,8 +132,7 @@ class _ReadOnly(TorchDispatchMode):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.name = type(model).__name__
-        # Not what has no memory: on the meta device, or empty.
-        self.weights = {_storage(weight) for weight in model.parameters()} - {0}
+        self.weights = {_storage(weight) for weight in model.parameters()}
 
     def __torch_dispatch__(
         self,
@@ -155,7 +154,8 @@ class _ReadOnly(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Which one it is: quantised weights and those on the meta device have no address."""
+    return tensor.untyped_storage()._cdata
 
 
 def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:
