@@ -18,7 +18,7 @@ import argparse
 import itertools
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -357,8 +357,8 @@ def summary(task: str, method: str, rows: Sequence[dict[str, str]]) -> dict[str,
         "eps": rows[0]["eps"],
         "lr": rows[0]["lr"],
         "seeds": len(values),
-        "mean": f"{mean(values):.4f}",
-        "stdev": f"{stdev(values):.4f}" if len(values) > 1 else "",
+        "mean": f"{mean(values):.6f}",
+        "stdev": f"{stdev(values):.6f}" if len(values) > 1 else "",
         "loss": f"{mean(float(row['test_loss']) for row in rows):.4f}",
     }
 
@@ -369,26 +369,26 @@ def averages(table: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         rows = [row for row in table if row["method"] == method]
         if len(rows) == len(ALL):
             value = mean(float(row["mean"]) for row in rows)
-            found = {"task": "mean of nine", "method": method, "mean": f"{value:.4f}"}
+            found = {"task": "mean of nine", "method": method, "mean": f"{value:.6f}"}
             yield dict.fromkeys(rows[0], "") | found
 
 
 def in_equal_time(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Validation in the time that one dominant layer's run takes: the last one by then."""
     curves, found = read_rows(CURVES), []
-    for task in dict.fromkeys(row["task"] for row in read_rows(STEP_TIMES)):
+    for task in dict.fromkeys(row["task"] for row in table if row["lr"]):
         rows = {row["method"]: row for row in table if row["task"] == task and row["lr"]}
-        seconds = after(rows["dominant"], int(rows["dominant"]["steps"]))
+        seconds = after(rows["dominant"])(int(rows["dominant"]["steps"]))
         for method, row in rows.items():
-            losses = mean_curve(curves, row, "loss")
-            step = max(step for step in losses if after(row, step) <= seconds)
+            losses, time = mean_curve(curves, row, "loss"), after(row)
+            step = max(step for step in losses if time(step) <= seconds)
             accuracy = mean_curve(curves, row, "accuracy").get(step)
             found.append(
                 {
                     "task": task,
                     "method": method,
                     "seconds": round(seconds),
-                    "steps_done": int((seconds - after(row, 0)) / (after(row, 1) - after(row, 0))),
+                    "steps_done": next(n for n in itertools.count() if time(n + 1) > seconds),
                     "validated_at": step,
                     "loss": f"{losses[step]:.4f}",
                     "accuracy": "" if accuracy is None else f"{accuracy:.4f}",
@@ -397,12 +397,13 @@ def in_equal_time(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def after(row: dict[str, Any], steps: int) -> float:
-    """Seconds of so many steps of a row of the table, the frozen prefix included."""
+def after(row: dict[str, Any]) -> Callable[[int], float]:
+    """Seconds by the number of steps of a row of the table, the frozen prefix included."""
     times = find(STEP_TIMES, {name: row[name] for name in ("task", "method")})
     if times is None:
         raise SystemExit(f"no times of {row['method']!r} on {row['task']!r}: run step_times.py")
-    return float(times["prefixes_s"]) + steps * float(times["step_ms"]) / 1e3
+    prefixes, step = float(times["prefixes_s"]), float(times["step_ms"]) / 1e3
+    return lambda steps: prefixes + steps * step
 
 
 def draw_methods(table: Sequence[dict[str, Any]]) -> None:
@@ -420,7 +421,7 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
             # No answers are generated for validation, so some tasks have a loss alone.
             axes.set_visible(bool(points))
             colour = f"C{list(CANDIDATES).index(row['method'])}"
-            places = [after(row, step) for step in points]
+            places = [*map(after(row), points)]
             axes.plot(places, list(points.values()), "o-", ms=4, c=colour, label=row["method"])
         axes.set(xlabel="seconds of prefixes and steps", ylabel=f"validation {name}")
         tidy(axes)

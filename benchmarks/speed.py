@@ -162,13 +162,11 @@ def tabulate() -> list[dict[str, Any]]:
     def place(key: tuple[str, str, str]) -> tuple[int, int, int]:
         return processors.index(key[0]), DTYPES.index(key[1]), TASKS.index(key[2])
 
-    table = [
+    return [
         dict(zip(KEY, key, strict=False)) | summary(whole)
         for key in sorted(rounds, key=place)
         if (whole := [found for found in rounds[key].values() if len(found) == len(VARIANTS)])
     ]
-    write_rows(TABLE, table)
-    return table
 
 
 def summary(rounds: Sequence[dict[str, dict[str, str]]]) -> dict[str, Any]:
@@ -259,6 +257,7 @@ def main() -> None:
     if arguments.data:
         measure(arguments.data, arguments.tasks, arguments.dtypes, arguments.rounds)
     table = tabulate()
+    write_rows(TABLE, table)
     draw(table)
     for title, rows in itertools.groupby(table, group):
         print(f"\n{', '.join(title)}\n\n{markdown([readable(row) for row in rows])}")

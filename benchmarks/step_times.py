@@ -4,15 +4,17 @@
 
 The steps of `dlzo train`, for each method that results/quality_methods.csv has on a task, at its
 rate: SmolLM2-135M-Instruct (de-quantised Q4_1), bfloat16, batch 16, the prefixes computed before,
-which is timed by itself. The methods take turns, in each round on another batch, and the first
-round is not counted; nothing else may be running. Lands in results/step_times.csv, a task at once:
-one whose methods are all there is not measured again. quality.py compares the methods by it.
+which is timed by itself, of methods on the same layer the median. The methods take turns, in each
+round on another batch, and the first round is not counted; nothing else may be running. Lands in
+results/step_times.csv, a task at once: one whose methods are all there is not measured again.
+quality.py compares the methods by it.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -62,16 +64,20 @@ class TimedRun:
 def measured(data: Path, rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     """A row for each method of a task."""
     runs = {row["method"]: TimedRun(data, row) for row in rows}
-    prefixes = {name: seconds(run.cache_prefixes) for name, run in runs.items()}
+    prefixes: dict[tuple[int, ...], list[float]] = {}
+    for run in runs.values():
+        prefixes.setdefault(run.config.layers, []).append(seconds(run.cache_prefixes))
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = deque(runs.items())
     for number in range(1, ROUNDS + 2):
-        for name, run in runs.items():
+        for name, run in order:
             times[name].append(seconds(lambda: run.step(number)))  # noqa: B023
-    for name in runs:
+        order.rotate()  # the first is the one that meets rows of a new length
+    for name, run in runs.items():
         yield {
             "task": rows[0]["task"],
             "method": name,
-            "prefixes_s": f"{prefixes[name]:.1f}",
+            "prefixes_s": f"{median(prefixes[run.config.layers]):.1f}",
             "step_ms": f"{1e3 * median(times[name][1:]):.0f}",
             "threads": torch.get_num_threads(),
             "processor": processor(),

@@ -193,7 +193,7 @@ def test_every_tail_and_nothing_beyond(column, length):
 def test_perturb_at_every_alignment(column, pair, skip):
     out_dtype, base_dtype = pair
     # An output of its own has the alignment of the weights, or that of whole memory.
-    for offset, skipped in ((0, skip), (2, 0), (skip, skip)):
+    for offset, skipped in ((0, 0), (0, skip), (2, 0), (skip, skip)):
         base = weights(3000, dtype=base_dtype)[skip:]
         apart = torch.empty(len(base) + skipped, dtype=out_dtype)[skipped:]
         out = base if out_dtype is base_dtype else apart
