@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
@@ -199,3 +201,24 @@ def test_a_model_that_writes_to_a_weight_is_refused_before(wrapped: bool) -> Non
     with pytest.raises(UserError, match="LlamaForCausalLM changes its own weights"):
         check_keeps_weights(model)
     assert torch.equal(linear.weight, before)
+
+
+@torch.inference_mode()
+def test_weights_that_are_brought_in_for_a_forward_are_not_written_to() -> None:
+    model = random_model(MixtralConfig(**_GQA, num_local_experts=4, num_experts_per_tok=2))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for _ in range(10):  # memory of weights that were replaced may come again
+        check_keeps_weights(model)
+        find_sites(model)
+
+
+def test_a_model_of_compiled_attention_is_run() -> None:
+    model = tiny_model()
+    model.set_attn_implementation("flex_attention")
+    check_keeps_weights(model)
+
+
+def test_adapters_in_a_matrix_leave_it_one() -> None:
+    model = tiny_model("opt")
+    inject_adapter_in_model(LoraConfig(target_modules=["fc1", "fc2"]), model)
+    assert find_sites(model)[0].mlp == "fc2"

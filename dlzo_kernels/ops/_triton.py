@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
 
 class LaunchError(RuntimeError):
-    """Triton cannot compile or load a kernel here."""
+    """Triton cannot compile or load a kernel here, perhaps as an earlier one failed."""
 
 
 def launch(plans: Iterable[Plan], device: torch.device) -> None:
@@ -69,7 +69,8 @@ def launch(plans: Iterable[Plan], device: torch.device) -> None:
     Raises:
         LaunchError: triton cannot compile or load one here.
         OutOfMemoryError: the GPU has no memory left for one.
-        AcceleratorError: the GPU does not take one, because of an earlier one perhaps.
+        AcceleratorError: the GPU does not take one; as a LaunchError at the first launch, it may
+            be that an earlier kernel failed.
     """
     with torch.cuda.device(device):
         for plan in plans:
@@ -96,8 +97,8 @@ def _loaded(plan: Plan, device: torch.device) -> Callable[..., None]:
         if _lacks_memory(error):
             raise torch.OutOfMemoryError(str(error)) from error
         raise LaunchError(
-            f"Triton cannot compile or load a kernel here ({error}): mend its installation, or "
-            "uninstall triton"
+            f"Triton cannot compile or load a kernel here ({error}): if no earlier kernel failed, "
+            "mend its installation, or uninstall triton"
         ) from error
 
 

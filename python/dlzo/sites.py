@@ -132,7 +132,14 @@ class _ReadOnly(TorchDispatchMode):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.name = type(model).__name__
-        self.weights = {_storage(weight) for weight in model.parameters()}
+        storages = [weight.untyped_storage() for weight in model.parameters()]
+        # Kept, for an offloaded model replaces its weights: their addresses would come again.
+        self.storages = {storage._cdata: storage for storage in storages}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What torch.compile made runs as it is, in which a write goes unseen: flex_attention."""
+        return True
 
     def __torch_dispatch__(
         self,
@@ -145,17 +152,13 @@ class _ReadOnly(TorchDispatchMode):
         given |= kwargs or {}
         written = [given.get(a.name) for a in op._schema.arguments if a.is_write]
         for value in tree_leaves(written):
-            if isinstance(value, Tensor) and _storage(value) in self.weights:
+            # Quantised weights, and those on the meta device, have no address of their own.
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata in self.storages:
                 raise UserError(
                     f"{self.name} changes its own weights as it runs, so that what is tuned of it "
                     "could not be loaded again: choose another model"
                 )
         return op(*args, **(kwargs or {}))
-
-
-def _storage(tensor: Tensor) -> int:
-    """Which one it is: quantised weights and those on the meta device have no address."""
-    return tensor.untyped_storage()._cdata
 
 
 def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:
@@ -177,11 +180,17 @@ def _sites(layer: nn.Module, called: dict[str, bool]) -> Sites:
 def _last_child(layer: nn.Module, part: Sequence[str], called: Iterable[str]) -> str | None:
     """The child that gives the output of a part; None where several could."""
     children = [name for name in called if name in part]
-    matrices = [
-        sum(parameter.ndim > 1 for parameter in layer.get_submodule(name).parameters())
-        for name in children
-    ]
-    return children[-1] if children and (len(children) == 1 or max(matrices) == 1) else None
+    several = any(_matrices(layer.get_submodule(name)) > 1 for name in children)
+    return children[-1] if children and (len(children) == 1 or not several) else None
+
+
+def _matrices(module: nn.Module) -> int:
+    """How many it holds; it may be one itself, with adapters inside."""
+    return 1 if _is_matrix(module) else sum(p.ndim > 1 for p in module.parameters())
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def _last_matrix(layer: nn.Module, child: str | None, called: dict[str, bool]) -> str | None:
@@ -191,6 +200,6 @@ def _last_matrix(layer: nn.Module, child: str | None, called: dict[str, bool]) -
         if fits
         and child is not None
         and f"{name}.".startswith(f"{child}.")
-        and getattr(getattr(layer.get_submodule(name), "weight", None), "ndim", 0) == 2
+        and _is_matrix(layer.get_submodule(name))
     ]
     return matrices[-1] if matrices else None
