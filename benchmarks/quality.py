@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from results import RESULTS, ROOT, append, find, matching, read_rows, write_rows
@@ -374,27 +375,33 @@ def averages(table: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def in_equal_time(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Validation in the time that one dominant layer's run takes: the last one by then."""
+    """Validation in the time that one dominant layer's run takes, on a line from one to the next.
+
+    A method that takes less time has its last one.
+    """
     curves, found = read_rows(CURVES), []
     for task in dict.fromkeys(row["task"] for row in table if row["lr"]):
         rows = {row["method"]: row for row in table if row["task"] == task and row["lr"]}
         seconds = after(rows["dominant"])(int(rows["dominant"]["steps"]))
         for method, row in rows.items():
-            losses, time = mean_curve(curves, row, "loss"), after(row)
-            step = max(step for step in losses if time(step) <= seconds)
-            accuracy = mean_curve(curves, row, "accuracy").get(step)
+            time = after(row)
+            steps = next(n for n in itertools.count() if time(n + 1) > seconds)
+            loss, accuracy = (mean_curve(curves, row, name) for name in ("loss", "accuracy"))
             found.append(
                 {
                     "task": task,
                     "method": method,
                     "seconds": round(seconds),
-                    "steps_done": next(n for n in itertools.count() if time(n + 1) > seconds),
-                    "validated_at": step,
-                    "loss": f"{losses[step]:.4f}",
-                    "accuracy": "" if accuracy is None else f"{accuracy:.4f}",
+                    "steps_done": min(steps, int(row["steps"])),
+                    "loss": f"{on_the_curve(loss, steps):.6f}",
+                    "accuracy": f"{on_the_curve(accuracy, steps):.6f}" if accuracy else "",
                 }
             )
     return found
+
+
+def on_the_curve(points: Mapping[int, float], steps: int) -> float:
+    return float(np.interp(steps, list(points), list(points.values())))
 
 
 def after(row: dict[str, Any]) -> Callable[[int], float]:
