@@ -8,6 +8,7 @@ A test holds the documents against them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from decimal import ROUND_HALF_UP, Decimal
 
 from quality import EQUAL_TIME, METHODS
 from results import markdown, read_rows
@@ -40,8 +41,8 @@ def nine_tasks() -> list[dict[str, str]]:
     rows = read_rows(METHODS)
     cells = {
         (row["method"], row["task"]): (
-            f"{float(row['mean']):.3f}",
-            row["stdev"] and f" ± {float(row['stdev']):.3f}",
+            rounded(row["mean"]),
+            row["stdev"] and f" ± {rounded(row['stdev'])}",
         )
         for row in rows
     }
@@ -55,7 +56,7 @@ def equal_time() -> list[dict[str, str]]:
     rows = read_rows(EQUAL_TIME)
     cells = {
         (row["method"], row["task"]): (
-            f"{float(row['loss']):.3f}",
+            rounded(row["loss"]),
             f" ({row['steps_done']})",
         )
         for row in rows
@@ -76,6 +77,11 @@ def side_by_side(
         for row, (number, rest) in zip(table, shown.values(), strict=True):
             row[head] = f"**{number}**{rest}" if number and float(number) == best else number + rest
     return [row for row in table if any(list(row.values())[1:])]
+
+
+def rounded(number: str) -> str:
+    """To three places, halves up: results of runs have four."""
+    return str(Decimal(number).quantize(Decimal("0.001"), ROUND_HALF_UP))
 
 
 if __name__ == "__main__":
