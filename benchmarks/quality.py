@@ -427,9 +427,10 @@ def draw_methods(table: Sequence[dict[str, Any]]) -> None:
             points = mean_curve(curves, row, name)
             # No answers are generated for validation, so some tasks have a loss alone.
             axes.set_visible(bool(points))
-            colour = f"C{list(CANDIDATES).index(row['method'])}"
+            index = list(CANDIDATES).index(row["method"])
+            style = {"color": f"C{index}", "ls": "-" if index < 10 else "--"}  # of ten colours
             places = [*map(after(row), points)]
-            axes.plot(places, list(points.values()), "o-", ms=4, c=colour, label=row["method"])
+            axes.plot(places, list(points.values()), "o", ms=4, label=row["method"], **style)
         axes.set(xlabel="seconds of prefixes and steps", ylabel=f"validation {name}")
         tidy(axes)
         axes.set_title(f"{task}, equal steps for all methods", loc="left")
