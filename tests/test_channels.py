@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GraniteMoeSharedConfig
 
 from dlzo.activations import outlier_channels
 from dlzo.adapter import load_adapter, read_config
@@ -32,7 +31,7 @@ from runs import (
     stopping_at,
     with_header,
 )
-from tiny import VOCABULARY, random_model, tiny_model
+from tiny import SHARED_MLP, random_model, tiny_model
 
 # Of 32 channels.
 TUNED = replace(CONFIG, channels=(23, 7))
@@ -204,17 +203,8 @@ def test_a_layer_without_one_writing_matrix_is_refused():
 
 
 def test_an_mlp_of_several_parts_is_refused():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = GraniteMoeSharedConfig(
-        **sizes,
-        vocab_size=VOCABULARY,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        shared_intermediate_size=16,
-        num_local_experts=4,
-    )
     with pytest.raises(UserError, match="the mlp of layer 1 has no single matrix"):
-        Target(random_model(config), (1,), channels=(7,))
+        Target(random_model(SHARED_MLP), (1,), channels=(7,))
 
 
 def test_outliers_of_a_layer_that_the_model_lacks_are_refused(data, tmp_path):

@@ -10,10 +10,7 @@ import pytest
 from scripts import load_benchmark
 
 ROOT = Path(__file__).parents[1]
-results = load_benchmark("results")
-for name in ("timing", "mezo", "quality"):  # which the next two import
-    load_benchmark(name)
-method_tables, speed = load_benchmark("method_tables"), load_benchmark("speed")
+results, method_tables, speed = map(load_benchmark, ("results", "method_tables", "speed"))
 
 
 SPEED = {title: list(rows) for title, rows in groupby(speed.tabulate(), speed.group)}

@@ -18,7 +18,6 @@ from transformers import (
     Gemma4TextConfig,
     GPTJConfig,
     GPTNeoXConfig,
-    GraniteMoeSharedConfig,
     MambaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -29,7 +28,7 @@ from transformers import (
 from dlzo.errors import UserError
 from dlzo.models import decoder_layers
 from dlzo.sites import Sites, check_keeps_weights, find_sites
-from tiny import CONFIGS, random_model, tiny_model
+from tiny import CONFIGS, SHARED_MLP, random_model, tiny_model
 
 _LLAMA = Sites("self_attn.o_proj", "mlp.down_proj", "mlp.down_proj")
 EXPECTED = {
@@ -120,11 +119,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
             BertConfig(**_SIZES, intermediate_size=48, is_decoder=True),
             [Sites("attention.output.dense", "output.dense", "output.dense")] * 2,
         ),
-        # Experts beside a shared MLP.
-        (
-            GraniteMoeSharedConfig(**_GQA, shared_intermediate_size=16, num_local_experts=4),
-            [Sites("self_attn.o_proj", None, None)] * 2,
-        ),
+        (SHARED_MLP, [Sites("self_attn.o_proj", None, None)] * 2),
         # What is added to the stream behind the MLP is an input of each layer.
         (
             Gemma4TextConfig(**_GQA, **_GEMMA4),

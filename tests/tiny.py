@@ -12,6 +12,7 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GraniteMoeSharedConfig,
     JambaConfig,
     LlamaConfig,
     MistralConfig,
@@ -76,6 +77,17 @@ CONFIGS = {
         **_COMMON, hidden_size=32, n_layer=4, n_head=4, initializer_range=0.2
     ),
 }
+# Of an MLP in several parts: experts beside one that all tokens take.
+SHARED_MLP = GraniteMoeSharedConfig(
+    **_COMMON,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    shared_intermediate_size=16,
+    num_local_experts=4,
+)
 # What their layers give is not one hidden state per token.
 STREAMS = {
     "gemma3n": lambda: Gemma3nTextConfig(

@@ -35,7 +35,6 @@ def test_the_seam_of_two_rows_of_more_groups_than_32_bits_count():
 @pytest.mark.parametrize("kernel", ["gaussian_float32", "perturb_bfloat16_bfloat16"])
 def test_nearly_every_small_change_of_a_kernel_is_noticed(kernel):
     """All changes, and those that are not noticed: benchmarks/gpu_mutants.py, docs/gpu.md."""
-    load_benchmark("results")  # which it imports
     module = load_benchmark("gpu_mutants")
     check = module.checker(kernel, module.KERNELS[kernel])
     check(module.nvcc_ptx(module.CSRC / f"{kernel.split('_')[0]}.cu", 90))

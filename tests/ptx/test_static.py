@@ -24,7 +24,6 @@ FLOATS = (
 )
 
 
-load_benchmark("results")  # which it imports
 gpu_static = load_benchmark("gpu_static")
 
 
